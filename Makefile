@@ -1,0 +1,47 @@
+# PYTHON makes the environment, VENV holds it; both can be set: make test PYTHON=python3.12 VENV=/path/to/venv
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format bench clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+
+setup: $(STAMP)  ## Install everything into VENV (.venv); again only when the requirements changed
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+		|| { echo "lit_scale needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e '.[test,lint]' -c constraints.txt
+	@touch $@
+
+demo: setup  ## Train a small BERT with progressive stacking
+	$(BIN)/python recipes/bert_progressive_stack.py
+
+test: setup  ## Run every test, the slow ones last
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## Run the tests that are not slow
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup  ## Check format, style and types
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+format: setup  ## Format the code and mend what ruff can mend
+	$(BIN)/python -m ruff check --fix-only .
+	$(BIN)/python -m ruff format .
+
+bench: setup  ## Measure the savings of progressive stacking on this CPU
+	$(BIN)/python benchmarks/savings.py bert_progressive_stack --preset cpu
+
+clean:  ## Remove build outputs and caches (the environment and runs/ stay)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.git -prune -o -path './$(VENV)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

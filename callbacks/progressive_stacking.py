@@ -1,0 +1,322 @@
+"""Progressive stacking (Gong et al., ICML 2019, algorithm 1): train a shallow network, then copy its blocks to deepen it.
+
+    for each stage: train the active blocks; then let block l start as a copy of block l - L, L the old depth
+
+A step's cost falls with the depth: at a third of the run each with 1/4, 1/2 and all blocks, about 60% of the block work.
+The network itself is built at full depth; blocks that wait their turn are skipped and have no gradient.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_scale.blocks import BlockStack, find_blocks
+from lit_scale.cost import charge
+from lit_scale.optimizers import MomentRule, transfer_state
+from lit_scale.schedules import rewarmup, stage_at
+from lit_scale.technique import Technique, progress
+
+__all__ = ["ProgressiveStacking", "blocks_at_depth", "growth_map"]
+
+Growth = Literal["stack", "interleave"]
+Stages = Sequence[tuple[float, float | int]]
+
+
+def blocks_at_depth(depth: int, total: int, growth: Growth = "stack") -> tuple[int, ...]:
+    """Which of ``total`` blocks are active at a depth: the lowest ones, or for interleaving evenly spaced ones.
+
+    Example:
+        >>> blocks_at_depth(2, 8, "stack"), blocks_at_depth(2, 8, "interleave")
+        ((0, 1), (0, 4))
+    """
+    return tuple(range(depth)) if growth == "stack" else tuple(range(0, total, total // depth))
+
+
+def growth_map(old: Sequence[int], new: Sequence[int], growth: Growth = "stack") -> dict[int, int]:
+    """Where each newly active block is copied from: block l - L for stacking, the next one below for interleaving.
+
+    Args:
+        old: Active blocks before the growth.
+        new: Active blocks after it, a superset.
+        growth: The growth operator.
+
+    Returns:
+        Target to source.
+
+    Example:
+        >>> growth_map((0, 1), (0, 1, 2, 3), "stack"), growth_map((0, 4), (0, 2, 4, 6), "interleave")
+        ({2: 0, 3: 1}, {2: 0, 6: 4})
+    """
+    joining = [block for block in new if block not in old]
+    if growth == "stack":
+        return {block: old[block % len(old)] for block in joining}
+    return {block: max(o for o in old if o < block) for block in joining}
+
+
+class ProgressiveStacking(Technique):
+    """Trains a shallow network first and deepens it by copying its own blocks.
+
+    The network must be built at full depth; the callback decides which of its blocks run. Exact resume holds for runs
+    limited by steps or epochs; with ``max_time`` the moment of a growth depends on the clock.
+
+    Args:
+        stages: (start, depth) pairs; starts are fractions of the run, ascending from 0 and below 1; depths ascend, each
+            a multiple of the one before, as a fraction of the blocks (float) or a number of blocks (int).
+        growth: ``"stack"`` puts the copies on top (block l copies l - L), ``"interleave"`` each above its original.
+        moments: What becomes of the optimizer state; see :func:`lit_scale.optimizers.transfer_state`.
+        rewarmup: Fraction of the run over which the learning rate climbs back from 0 after each growth; 0 is off.
+        freeze_old: Train only what lies above the old blocks in every growth stage but the last (MSLT, Yang et al.
+            2020): gradients stop at the first new block. Under DDP this needs ``ddp_find_unused_parameters_true``.
+        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+
+    Raises:
+        ValueError: At construction or in ``setup``, if the stages do not ascend or do not fit the model, or the
+            Trainer's strategy is none that it can work with.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> stacking = ProgressiveStacking(stages=[(0.0, 0.25), (0.2, 0.5), (0.5, 1.0)])
+        >>> trainer = Trainer(max_steps=1_000, callbacks=[stacking], logger=False)
+    """
+
+    factor = "blocks"
+
+    def __init__(
+        self,
+        stages: Stages = ((0.0, 0.25), (0.3, 0.5), (0.6, 1.0)),
+        *,
+        growth: Growth = "stack",
+        moments: MomentRule = "copy",
+        rewarmup: float = 0.0,
+        freeze_old: bool = False,
+        blocks: str | None = None,
+    ) -> None:
+        self.stages = [(float(start), depth) for start, depth in stages]
+        self.growth: Growth = growth
+        self.moments: MomentRule = moments
+        self.rewarmup = rewarmup
+        self.freeze_old = freeze_old
+        self.blocks = blocks
+        self._check_arguments()
+        self._starts = [start for start, _ in self.stages]
+        self._depths: list[int] = []  # in blocks, known once the model is
+        self._stage = 0
+        self._decided_at = -1  # optimizer step at which the stage was last decided
+        self._paused: list[nn.Parameter] = []  # parameters kept from DDP while their block is inactive
+        self._hooks: list[Any] = []
+        self._stack: BlockStack
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_arguments(self) -> None:
+        starts = [start for start, _ in self.stages]
+        if not starts or starts[0] != 0.0 or starts != sorted(set(starts)) or starts[-1] >= 1.0:
+            raise ValueError(f"stages={self.stages}: starts must ascend from 0.0 and stay below 1.0 (the end of the run)")
+        for _, depth in self.stages:
+            if isinstance(depth, bool) or (isinstance(depth, int) and depth < 1) or not 0 < depth:
+                raise ValueError(f"stages={self.stages}: depth {depth!r} is neither a number of blocks nor a fraction")
+            if isinstance(depth, float) and depth > 1.0:
+                raise ValueError(f"stages={self.stages}: depth {depth} is a fraction above 1.0; write blocks as an int")
+        if self.growth not in ("stack", "interleave"):
+            raise ValueError(f"growth={self.growth!r}: choose 'stack' or 'interleave'")
+        if self.moments not in ("copy", "copy_step0", "reset"):
+            raise ValueError(f"moments={self.moments!r}: choose 'copy', 'copy_step0' or 'reset'")
+        if not 0.0 <= self.rewarmup < 1.0:
+            raise ValueError(f"rewarmup={self.rewarmup} is not a fraction of the run in [0, 1)")
+        if self.freeze_old and self.growth != "stack":
+            raise ValueError("freeze_old=True needs growth='stack': interleaved copies have old blocks above them")
+
+    def _resolve_depths(self, total: int) -> list[int]:
+        """The depths in blocks of a model that has ``total``."""
+        depths = []
+        for _, depth in self.stages:
+            blocks = depth if isinstance(depth, int) else depth * total
+            if abs(blocks - round(blocks)) > 1e-6:
+                raise ValueError(
+                    f"stages={self.stages}: {depth} of {total} blocks is {blocks:g}, not a whole number; "
+                    f"give a fraction that divides {total}, or a number of blocks"
+                )
+            depths.append(round(blocks))
+        if max(depths) > total:
+            raise ValueError(f"stages={self.stages}: depth {max(depths)} is more than the {total} blocks of the model")
+        for old, new in zip(depths, depths[1:], strict=False):
+            if new <= old or new % old:
+                raise ValueError(
+                    f"stages={self.stages}: depth {new} is not a multiple of the depth before it, {old}; each stage "
+                    f"stacks whole copies, so grow to {2 * old}, {3 * old}, ..."
+                )
+        if self.growth == "interleave" and any(total % depth for depth in depths):
+            raise ValueError(f"growth='interleave' spaces blocks evenly, so the depths {depths} must divide {total}")
+        return depths
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as plain values for the checkpoint."""
+        return {
+            "stages": [list(stage) for stage in self.stages],
+            "growth": self.growth,
+            "moments": self.moments,
+            "rewarmup": self.rewarmup,
+            "freeze_old": self.freeze_old,
+            "blocks": self.blocks,
+        }
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the blocks; a new run starts at the first depth, a checkpoint brings its own."""
+        super().setup(trainer, pl_module, stage)
+        self._stack = find_blocks(pl_module, self.blocks)
+        self._depths = self._resolve_depths(len(self._stack))
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, DDPStrategy):
+            options = trainer.strategy._ddp_kwargs
+            if options.get("static_graph"):
+                raise ValueError("ProgressiveStacking changes the graph; use DDPStrategy(static_graph=False)")
+            if self.freeze_old and not options.get("find_unused_parameters"):
+                raise ValueError("freeze_old=True needs strategy='ddp_find_unused_parameters_true'")
+        if trainer.global_step == 0 and len(self._stack.active) == len(self._stack):
+            self._activate(trainer, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the stage from the depth that the checkpoint, if any, brought; weights and optimizer are in place now."""
+        if self.moments == "copy_step0":
+            transfer_state(trainer.optimizers, [], self.moments)  # refuses an unfit optimizer now, not at the growth
+        depth = len(self._stack.active)
+        self._stage = max((i for i, d in enumerate(self._depths) if d <= depth), default=0)
+        self._decided_at = -1
+        self._activate(trainer, self._stage)
+        self._share_gradients(trainer, pl_module)
+        if self.rewarmup:
+            for optimizer in trainer.optimizers:
+                self._rewarm(trainer, optimizer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Grow, once per optimizer step and never inside an accumulation window, when the next stage has begun."""
+        if trainer.global_step == self._decided_at:
+            return
+        self._decided_at = trainer.global_step
+        due = stage_at(progress(trainer), self._starts)
+        while self._stage < due:
+            with charge(trainer, "growth"):
+                self._grow(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a plain model behind."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a plain model behind."""
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give a fully grown model its own list class back."""
+        self._detach()
+        if hasattr(self, "_stack"):
+            self._stack.release()
+
+    # -- the technique ------------------------------------------------------------------------------------------------
+
+    def _grow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Algorithm 1, line 4: deepen by one stage, copying weights, averages of weights, and optimizer state."""
+        old = self._stack.active
+        new = blocks_at_depth(self._depths[self._stage + 1], len(self._stack), self.growth)
+        pairs = []
+        for target, source in growth_map(old, new, self.growth).items():
+            pairs += self._stack.copy(source, target)
+            for average in self._averages(trainer):
+                average.copy(source, target)
+        transfer_state(trainer.optimizers, pairs, self.moments)
+        self._stage += 1
+        self._activate(trainer, self._stage)
+        self._share_gradients(trainer, pl_module)
+        pl_module.log("progressive_stacking/active_blocks", float(len(new)))
+
+    def _activate(self, trainer: Trainer, stage: int) -> None:
+        active = blocks_at_depth(self._depths[stage], len(self._stack), self.growth)
+        for stack in [self._stack, *self._averages(trainer)]:
+            stack.activate(active)
+        freeze = self.freeze_old and 0 < stage < len(self.stages) - 1
+        for index, block in enumerate(self._stack.blocks):
+            block.__dict__.pop("forward", None)
+            if freeze and index == self._depths[stage - 1]:
+                block.forward = _cut_forward.__get__(block)  # type: ignore[method-assign]
+
+    def _averages(self, trainer: Trainer) -> list[BlockStack]:
+        """The same blocks inside the averages of weights that Lightning's WeightAveraging keeps."""
+        models = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        return [find_blocks(model.module, self._stack.path) for model in models if model is not None]
+
+    def _share_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Under DDP, wrap anew with exactly the parameters that now train; otherwise ranks wait or drift apart."""
+        if not isinstance(trainer.strategy, DDPStrategy):
+            return
+        self._resume_parameters()
+        for index, block in enumerate(self._stack.blocks):
+            if index not in self._stack.active:
+                self._paused += [p for p in block.parameters() if p.requires_grad]
+        for parameter in self._paused:
+            parameter.requires_grad_(False)
+        pl_module.zero_grad(set_to_none=True)  # gradients may be views into the old wrapper's buckets
+        trainer.strategy.model = trainer.strategy.model.module  # type: ignore[union-attr, assignment]
+        gc.collect()  # the old reducer's hooks live as long as it does
+        trainer.strategy.configure_ddp()
+
+    def _resume_parameters(self) -> None:
+        for parameter in self._paused:
+            parameter.requires_grad_(True)
+        self._paused = []
+
+    def _rewarm(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Scale the learning rate around each step, so that no scheduler ever sees the scaled value."""
+        saved: list[Any] = []
+
+        def scale(*_: Any) -> None:
+            saved[:] = [group["lr"] for group in optimizer.param_groups]
+            if self._stage:
+                factor = rewarmup(progress(trainer), self._starts[self._stage], self.rewarmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * factor
+
+        def restore(*_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, saved, strict=True):
+                group["lr"] = rate
+
+        self._hooks += [optimizer.register_step_pre_hook(scale), optimizer.register_step_post_hook(restore)]
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._resume_parameters()
+        for block in self._stack.blocks if hasattr(self, "_stack") else []:
+            block.__dict__.pop("forward", None)
+
+    # -- the clock ----------------------------------------------------------------------------------------------------
+
+    def step_shape(self) -> dict[str, Any]:
+        """Active blocks, and how many of them are frozen."""
+        frozen = self._depths[self._stage - 1] if self.freeze_old and 0 < self._stage < len(self.stages) - 1 else 0
+        return {"blocks": len(self._stack.active), "frozen": frozen}
+
+    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+        """Activate the blocks of an earlier stage, or of this one again, without copying anything."""
+        self._stage = self._depths.index(shape["blocks"])
+        self._activate(trainer, self._stage)
+
+
+def _cut_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a block through which no gradient flows down."""
+
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+    return type(self).forward(self, *map(cut, args), **{key: cut(value) for key, value in kwargs.items()})

@@ -1,0 +1,248 @@
+"""A loader that a checkpoint can resume at the very next batch.
+
+The order of an epoch is a function of (seed, epoch) alone, so the whole state of the loader is two numbers, the same
+on every rank: the epoch, and how many batches of it were handed out. Nothing is saved of any random generator.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Hash numbers and names to a seed; unlike a sum, (seed 0, epoch 1) and (seed 1, epoch 0) have nothing in common.
+
+    Args:
+        parts: What the random numbers should depend on.
+
+    Returns:
+        An integer in [0, 2**63), the same on every machine.
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def data_ranks(trainer: "Trainer | None") -> dict[str, int | None]:
+    """The ``rank`` and ``world_size`` that a loader of this Trainer should have.
+
+    Under tensor parallelism the ranks of a group work on the same samples, which only the strategy knows.
+
+    Args:
+        trainer: A Trainer that has set up its strategy, or None.
+
+    Returns:
+        Keyword arguments for `ResumableLoader`; both None where `torch.distributed` is to be asked.
+    """
+    known = trainer.distributed_sampler_kwargs if trainer is not None else None
+    known = known or {}
+    return {"rank": known.get("rank"), "world_size": known.get("num_replicas")}
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """The keys of one rank in one epoch: every ``world_size``-th of a permutation that all ranks share.
+
+    Lightning leaves a `DistributedSampler` as it is, which is why this is one. Rank and world size are looked up when
+    they are needed, so a loader can be built before the process group.
+
+    Args:
+        dataset: A dataset with a length. If it has a true attribute ``epochwise``, keys are ``(epoch, index)``.
+        shuffle: A new permutation each epoch, otherwise the order of the dataset.
+        seed: Of the permutations.
+        drop_last: Leave out the up to ``world_size - 1`` samples that do not divide evenly, otherwise repeat as many
+            from the front, so that all ranks take equally many.
+        rank: Of this process; None asks the process group.
+        world_size: How many processes share the data; None asks the process group.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"rank={rank} and world_size={world_size}: give both, or neither to ask torch.distributed")
+        self._given = None if rank is None or world_size is None else (rank, world_size)
+        rank, world_size = self._placement()
+        super().__init__(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.epochwise = bool(getattr(dataset, "epochwise", False))
+        self.start = 0  # samples of this rank to pass over, once
+        self.requested: int | None = None  # what set_epoch asked for and no iteration has taken up yet
+
+    def _placement(self) -> tuple[int, int]:
+        if self._given is not None:
+            return self._given
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = self.requested = epoch
+
+    def __len__(self) -> int:
+        self.rank, self.num_replicas = self._placement()
+        size = len(self.dataset)  # type: ignore[arg-type]
+        return size // self.num_replicas if self.drop_last else -(-size // self.num_replicas)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.num_samples = len(self)
+        self.total_size = self.num_samples * self.num_replicas
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+            order = torch.randperm(size, generator=generator)
+        else:
+            order = torch.arange(size)
+        if self.total_size > size:
+            order = order.repeat(-(-self.total_size // size))
+        # Rank r takes r, r + W, ...: W ranks together take a batch of the shared order, so that a run resumed on
+        # another number of ranks with the same global batch goes on with the same samples.
+        order = order[self.rank : self.total_size : self.num_replicas][self.start :]
+        epoch = self.epoch
+        for part in order.split(4096):  # lists of Python integers are large, so make them as they are needed
+            for index in part.tolist():
+                yield (epoch, index) if self.epochwise else index
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A `DataLoader` over a map dataset that resumes exactly, with or without workers, on one rank or many.
+
+    ``load_state_dict`` makes the next iteration go on with the very next batch; when the saved epoch was complete,
+    with the first of the following one. Lightning saves and restores the state by itself. Under Lightning the epoch
+    is the Trainer's; in a loop of your own, each complete iteration is followed by the next epoch.
+
+    Work starts with the first ``next``, not with ``iter``: Lightning calls ``iter`` before it tells the epoch, and
+    workers that start then would repeat the order of epoch 0 (Lightning #21938). Neither draws from the global
+    generators.
+
+    A dataset that sets ``epochwise = True`` is asked for keys ``(epoch, index)`` and so can make augmentation or
+    masking a function of (seed, epoch, index), in workers too. If it defines ``__getitems__(keys)``, it is asked for
+    a whole batch at once.
+
+    Args:
+        dataset: A dataset with a length.
+        batch_size: Samples per batch and rank.
+        shuffle: A new permutation each epoch.
+        seed: Of the order, the same on all ranks.
+        drop_last: Full batches only.
+        rank: Of this process; None asks `torch.distributed` when the iteration starts.
+        world_size: How many processes share the data, given along with ``rank``.
+        kwargs: Anything else that `DataLoader` takes. A ``sampler`` or ``batch_sampler`` given here (Lightning does
+            so for ``predict`` and ``overfit_batches``) replaces the order, and keys are then what it yields.
+
+    Raises:
+        ValueError: The dataset is empty, or too small for one batch on each rank.
+
+    Example:
+        >>> loader = ResumableLoader(range(10), batch_size=4, shuffle=True)
+        >>> batches = iter(loader)
+        >>> _, state, rest = next(batches), loader.state_dict(), [batch.tolist() for batch in batches]
+        >>> loader.load_state_dict(state)
+        >>> [batch.tolist() for batch in loader] == rest
+        True
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int = 1,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if len(dataset) == 0:  # type: ignore[arg-type]
+            raise ValueError("the dataset is empty: a loader needs at least one sample")
+        if kwargs.get("batch_sampler") is None:
+            kwargs |= {"batch_size": batch_size, "drop_last": drop_last}
+            if kwargs.get("sampler") is None:
+                kwargs["sampler"] = EpochSampler(
+                    dataset, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
+                )
+        kwargs.setdefault("generator", torch.Generator())  # without one, each `iter` draws from the global generator
+        super().__init__(dataset, **kwargs)
+        self.seed = seed
+        self._epoch = 0
+        self._batches = 0  # of this epoch that were handed out
+        self._loaded = False  # the position is from a checkpoint, and no batch was handed out since
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        if length == 0:
+            world_size = getattr(self.sampler, "num_replicas", 1)
+            raise ValueError(
+                f"{len(self.dataset)} samples do not fill one batch of batch_size={self.batch_size} on each of "  # type: ignore[arg-type]
+                f"{world_size} rank(s): lower batch_size, or pass drop_last=False"
+            )
+        return length
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._epoch, self._batches = self._next_position()
+        self._loaded = False
+        sampler = self.sampler
+        if isinstance(sampler, EpochSampler):
+            assert self.batch_size is not None
+            sampler.epoch, sampler.start, sampler.requested = self._epoch, self._batches * self.batch_size, None
+            # Of this generator come the seeds of the workers, for datasets that use global generators after all.
+            self.generator.manual_seed(derive_seed(self.seed, self._epoch, "workers", sampler._placement()[0]))
+            batches = super().__iter__()
+        else:
+            batches = itertools.islice(super().__iter__(), self._batches, None)  # type: ignore[assignment]
+        for batch in batches:
+            self._batches += 1  # before it is handed out: Lightning does not ask beyond the last one
+            yield batch
+
+    def _next_position(self) -> tuple[int, int]:
+        """The epoch and batch that an iteration starts from."""
+        requested = getattr(self.sampler, "requested", None)
+        complete = 0 < self._batches >= len(self)
+        if self._loaded:
+            epoch, batches = (self._epoch + 1, 0) if complete else (self._epoch, self._batches)
+            # A Trainer that limits the batches of an epoch asks for the next one when ours is not complete.
+            return (requested, 0) if requested is not None and requested > epoch else (epoch, batches)
+        if requested is not None:
+            return requested, 0
+        return self._epoch + complete, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: ``epoch`` and how many ``batches`` of it were handed out; the same on all ranks."""
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after this position.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: It is the state of another kind of loader, or of one with more batches.
+        """
+        if set(state_dict) != {"epoch", "batches"}:
+            raise ValueError(
+                f"the checkpoint holds the state of another loader (keys {sorted(state_dict)}, not 'epoch' and "
+                "'batches'): resume with the loader that it was saved with"
+            )
+        epoch, batches = state_dict["epoch"], state_dict["batches"]
+        if batches > len(self):
+            raise ValueError(
+                f"the checkpoint was saved after {batches} batches of its epoch, but this loader has only {len(self)}: "
+                "resume with the same data, batch_size and number of ranks"
+            )
+        self._epoch, self._batches, self._loaded = epoch, batches, True
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.requested = None

@@ -1,0 +1,581 @@
+"""Text for language models: files in, fixed-length sequences out, masked for BERT or as they are for GPT.
+
+Documents are told apart by content: equal ones count once, each falls on one side of the split by its hash, and the
+cache is found by hash as well, whatever the files are called.
+"""
+
+import glob
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import secrets
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import Dataset
+
+from lit_scale.datamodules.loader import ResumableLoader, data_ranks, derive_seed
+from lit_scale.datamodules.masking import mask_tokens, num_predictions
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_FORMAT = 1  # of the cache; raise it when the tokens of a document or their order change
+_SPECIAL = ("<sep>", "<mask>")  # the last two ids of every vocabulary
+_TESTS = {"test", "tests", "idle_test"}
+
+Batch = dict[str, torch.Tensor]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+# ---- documents
+
+
+def _text_of(path: Path) -> bytes | None:
+    """The content of a file, or None where it is not text: a NUL byte, or not UTF-8."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        return None
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return None
+    return data
+
+
+def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) -> list[Path]:
+    """All files in a folder and the folders in it, but for hidden ones and folders named in ``without``."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        files += [Path(parent, name) for name in names if not name.startswith(".") and name.endswith(ending)]
+    return files
+
+
+def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
+    """Read the distinct documents of a corpus, one per file.
+
+    Args:
+        corpus: Files, folders or globs as in `TextDataModule`; None reads the sources of the standard library.
+
+    Returns:
+        Content by its hash, in the order of the hashes, without empty files.
+
+    Raises:
+        ValueError: A path or glob matches nothing, a file that was named is not text, or there is no text at all.
+    """
+    named: list[Path] = []
+    found: list[Path] = []
+    if corpus is None:
+        library = Path(sysconfig.get_paths()["stdlib"])
+        found = _files_below(library, ".py", {"site-packages", *_TESTS})
+    for entry in [corpus] if isinstance(corpus, str) else corpus or []:
+        path = Path(entry).expanduser()
+        matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        if not matches:
+            raise ValueError(f"corpus={entry!r} matches no file: give text files, folders of them, or globs")
+        for match in matches:
+            if match.is_dir():
+                found += _files_below(match)
+            else:
+                (named if match is path else found).append(match)
+
+    contents: list[bytes] = []
+    for path in named:
+        text = _text_of(path)
+        if text is None:
+            raise ValueError(f"corpus={str(path)!r} is not text (it has a NUL byte or is not UTF-8): give UTF-8 files")
+        contents.append(text)
+    texts = [_text_of(path) for path in found if path.is_file()]
+    contents += [text for text in texts if text is not None]
+    if skipped := texts.count(None):
+        rank_zero_info(f"TextDataModule: {skipped} of {len(texts)} files are not UTF-8 text and were left out")
+    documents = {_digest(text): text for text in contents if text}
+    if not documents:
+        raise ValueError(
+            f"corpus={corpus!r} holds no text (0 bytes in {len(contents)} text files): give at least one file with text"
+        )
+    return dict(sorted(documents.items()))
+
+
+def split_documents(
+    documents: dict[str, bytes], val_fraction: float, seed: int
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Divide documents into train and validation, each by its own hash and the seed.
+
+    So a document stays on its side when others come or go. One side is never empty: the document nearest to the
+    threshold changes over. A corpus of one document is cut at line ends into about a hundred pieces first.
+
+    Args:
+        documents: Content by hash.
+        val_fraction: Expected share of the documents for validation, in (0, 1).
+        seed: Another seed, another split.
+
+    Returns:
+        Documents for training and for validation, in the order given.
+    """
+    if len(documents) == 1:
+        (text,) = documents.values()
+        size, pieces = max(1, len(text) // 100), [b""]
+        for line in text.splitlines(keepends=True):
+            if len(pieces[-1]) >= size:
+                pieces.append(b"")
+            pieces[-1] += line
+        documents = dict(sorted((_digest(piece), piece) for piece in pieces))
+    place = {digest: derive_seed(seed, "split", digest) / 2**63 for digest in documents}  # uniform in [0, 1)
+    ranked = sorted(place, key=place.__getitem__)
+    count = sum(value < val_fraction for value in place.values())
+    held_out = set(ranked[: min(max(count, 1), len(ranked) - 1)])
+    return (
+        {digest: text for digest, text in documents.items() if digest not in held_out},
+        {digest: text for digest, text in documents.items() if digest in held_out},
+    )
+
+
+# ---- tokens
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
+    """Train a byte-level BPE (Sennrich et al., ACL 2016; on bytes as in GPT-2), without special tokens.
+
+    Args:
+        texts: Documents in UTF-8.
+        vocab_size: Largest number of tokens, at least 256.
+
+    Returns:
+        The tokenizer as the JSON of the ``tokenizers`` library.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
+    return tokenizer.to_str()
+
+
+def _join(documents: Iterable[npt.NDArray[Any]], separator: int, dtype: type) -> npt.NDArray[Any]:
+    """All tokens in one array, each document followed by a separator."""
+    end: npt.NDArray[Any] = np.array([separator], dtype)
+    return np.concatenate([part for ids in documents for part in (ids.astype(dtype), end)] or [end[:0]])
+
+
+def _encode_all(tokenizer: "Tokenizer", texts: Iterable[bytes]) -> Iterable[npt.NDArray[np.uint32]]:
+    remaining = iter(texts)
+    while group := [text.decode() for text in itertools.islice(remaining, 64)]:
+        for encoding in tokenizer.encode_batch_fast(group, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.uint32)
+
+
+# ---- cache
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Put a file in place whole or not at all, also when the machine goes down half way."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class _Cache:
+    """Files named by what is in them, and per key a small index that is written last.
+
+    Two processes that build the same key at the same time cannot mix: each index names complete files only, and a
+    file whose content does not hash to its name counts as missing.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.index = folder / f"{key}.json"
+
+    def load(self) -> dict[str, Path] | None:
+        """The files of this key by name, or None unless all are there and whole."""
+        try:
+            files = {name: self.folder / file for name, file in json.loads(self.index.read_bytes()).items()}
+            for path in files.values():
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+                if digest != path.stem:
+                    return None
+        except (OSError, ValueError, AttributeError, TypeError):  # absent, or an index that is no longer JSON
+            return None
+        return files
+
+    def save(self, **contents: bytes) -> dict[str, Path]:
+        """Write the files of this key."""
+        endings = {"tokenizer": ".json"}
+        files = {name: self.folder / (_digest(data) + endings.get(name, ".npy")) for name, data in contents.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            _write_atomically(path, contents[name])
+        _write_atomically(self.index, json.dumps({name: path.name for name, path in files.items()}).encode())
+        return files
+
+
+# ---- batches
+
+
+class _Sequences(Dataset[Batch]):
+    """Rows of a token file, a whole batch at a time, with masks made on the way.
+
+    Args:
+        path: The tokens, a one-dimensional .npy.
+        length: Tokens per row, T.
+        rows: Which rows to use; None is all of them.
+        mask: `mask_tokens` with all but tokens, epoch and indices given; None leaves the tokens as they are.
+        epochwise: New masks each epoch, otherwise always those of epoch 0.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        length: int,
+        *,
+        rows: npt.NDArray[np.int64] | None = None,
+        mask: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+        epochwise: bool = False,
+    ) -> None:
+        self.path, self.length, self.rows, self.mask, self.epochwise = path, length, rows, mask, epochwise
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[Any]:
+        """(N, T), mapped from the file; what does not fill a row is left out."""
+        flat = np.load(self.path, mmap_mode="r")
+        count = len(flat) // self.length
+        return flat[: count * self.length].reshape(count, self.length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker that is not forked maps the file again; pickled, the map would be a copy of all tokens
+        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+
+    def __len__(self) -> int:
+        return len(self.tokens if self.rows is None else self.rows)
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        epoch = pairs[0][0]
+        indices = np.array([index for _, index in pairs])
+        if self.rows is not None:
+            indices = self.rows[indices]
+        ids = self.tokens[indices].astype(np.int64)  # (B, T)
+        if self.mask is None:
+            return {"input_ids": torch.from_numpy(ids)}
+        assert all(other == epoch for other, _ in pairs)
+        names = ("input_ids", "positions", "labels")
+        return dict(zip(names, self.mask(ids, epoch=epoch, indices=indices), strict=True))
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class TextDataModule(LightningDataModule):
+    """Sequences of text for masked or causal language models, from any folder of text files.
+
+    Documents are joined with a separator and cut into sequences, train and validation apart. Batches are dicts of
+    int64 tensors: ``input_ids`` (B, T), and with masking ``positions`` and ``labels`` (B, M). Order and masks of
+    training change with the epoch; those of validation never do, so that losses of all runs compare. Resuming
+    continues with the very next batch, and is refused on other data.
+
+    Args:
+        corpus: Text files, folders (all text files below, hidden ones left out) or globs, one document per file; None
+            is the standard library's own Python sources without its tests, about 12 MB.
+        tokenizer: "bytes", 256 ids and nothing to train, or "bpe", a byte-level BPE trained on the training documents.
+        vocab_size: Of the BPE, special tokens included; None is 8192.
+        sequence_length: Tokens per sequence, T, at least 8.
+        batch_size: Sequences per batch and device.
+        val_fraction: Expected share of the documents that is held out, in (0, 1).
+        max_val_sequences: Validate on a fixed random choice of so many sequences; None validates on all.
+        mask_rate: Share of the positions to predict, in [0, 1); BERT's is 0.15. 0 leaves the text as it is, for
+            causal models.
+        seed: Of split, order and masks.
+        num_workers: Processes that make the batches; 0 makes them in the main one, which is fast enough for most.
+        cache_dir: Folder for tokens and tokenizers; None is $LIT_SCALE_CACHE, or ~/.cache/lit_scale.
+
+    Raises:
+        ValueError: An argument is out of its range, or at setup: the corpus matches nothing, is not text or too
+            short, or the cache folder cannot be written.
+
+    Example:
+        >>> data = TextDataModule(sequence_length=128, batch_size=8)
+        >>> data.vocab_size, data.mask_id, data.num_predictions
+        (258, 257, 19)
+        >>> TextDataModule(tokenizer="bpe").vocab_size
+        8192
+    """
+
+    def __init__(
+        self,
+        corpus: str | list[str] | None = None,
+        tokenizer: Literal["bytes", "bpe"] = "bytes",
+        vocab_size: int | None = None,
+        sequence_length: int = 64,
+        batch_size: int = 32,
+        val_fraction: float = 0.05,
+        max_val_sequences: int | None = 2048,
+        mask_rate: float = 0.15,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer not in ("bytes", "bpe"):
+            raise ValueError(f"tokenizer={tokenizer!r}: must be 'bytes' or 'bpe'")
+        if tokenizer == "bytes" and vocab_size is not None:
+            raise ValueError(f"vocab_size={vocab_size} with tokenizer='bytes', which has 258: pass tokenizer='bpe'")
+        if vocab_size is not None and vocab_size < 256 + len(_SPECIAL):
+            raise ValueError(f"vocab_size={vocab_size}: must be at least 258, for 256 bytes and 2 special tokens")
+        for name, value, least in (
+            ("sequence_length", sequence_length, 8),
+            ("batch_size", batch_size, 1),
+            ("max_val_sequences", max_val_sequences, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1, such as 0.05")
+        if not 0 <= mask_rate < 1:
+            raise ValueError(f"mask_rate={mask_rate}: must be at least 0 (no masking) and below 1, such as 0.15")
+
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or (8192 if tokenizer == "bpe" else 256 + len(_SPECIAL))
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.max_val_sequences = max_val_sequences
+        self.mask_rate = mask_rate
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = Path(cache_dir or os.environ.get("LIT_SCALE_CACHE") or "~/.cache/lit_scale").expanduser()
+        self._files: dict[str, Path] | None = None  # train, validation and, for a BPE, tokenizer
+        self._corpus_hash = ""
+        self._saved: dict[str, Any] | None = None  # of the checkpoint, until there is a corpus to compare with
+
+    @property
+    def separator_id(self) -> int:
+        """The token that ends each document."""
+        return self.vocab_size - 2
+
+    @property
+    def mask_id(self) -> int:
+        """The token that hides another."""
+        return self.vocab_size - 1
+
+    @property
+    def special_ids(self) -> tuple[int, int]:
+        """Separator and mask: never predicted, never drawn."""
+        return self.separator_id, self.mask_id
+
+    @property
+    def num_predictions(self) -> int:
+        """M, how many positions of each sequence are predicted; 0 without masking."""
+        return num_predictions(self.mask_rate, self.sequence_length)
+
+    # ---- from files to tokens
+
+    def prepare_data(self) -> None:
+        if self._files is None:
+            self._files = self._prepare()
+
+    def _prepare(self) -> dict[str, Path]:
+        """Find the tokens in the cache, or make them."""
+        documents = read_documents(self.corpus)
+        self._corpus_hash = _digest("".join(documents).encode())
+        settings: list[Any] = [_FORMAT, self._corpus_hash, self.seed, self.val_fraction, self.tokenizer]
+        if self.tokenizer == "bpe":
+            settings += [self.vocab_size, importlib.metadata.version("tokenizers")]
+        cache = _Cache(self.cache_dir / "text", _digest(json.dumps(settings).encode()))
+        files = cache.load()
+        if files is None:
+            contents = self._tokenize(documents)
+            try:
+                files = cache.save(**contents)
+            except OSError as error:
+                raise ValueError(
+                    f"cache_dir={str(self.cache_dir)!r} cannot be written ({error}): pass cache_dir=, or set "
+                    "LIT_SCALE_CACHE, to a folder with write access and free space"
+                ) from error
+        return files
+
+    def _tokenize(self, documents: dict[str, bytes]) -> dict[str, bytes]:
+        """Split and encode the documents; file contents by name."""
+        train, validation = split_documents(documents, self.val_fraction, self.seed)
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        contents: dict[str, bytes] = {}
+        if self.tokenizer == "bpe":
+            contents["tokenizer"] = train_bpe(train.values(), self.vocab_size - len(_SPECIAL)).encode()
+            encode = partial(_encode_all, _tokenizer(contents["tokenizer"]))
+        for name, texts in (("train", train.values()), ("validation", validation.values())):
+            ids = encode(texts) if self.tokenizer == "bpe" else (np.frombuffer(text, np.uint8) for text in texts)
+            buffer = io.BytesIO()
+            np.save(buffer, _join(ids, self.separator_id, dtype))
+            contents[name] = buffer.getvalue()
+        return contents
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._files is None:  # this rank did not prepare
+            self._files = self._prepare()
+        mask = None
+        if self.mask_rate > 0:
+            mask = partial(
+                mask_tokens,
+                rate=self.mask_rate,
+                vocab_size=self.vocab_size,
+                mask_id=self.mask_id,
+                special_ids=self.special_ids,
+                seed=self.seed,
+            )
+        self.train_set = _Sequences(self._files["train"], self.sequence_length, mask=mask, epochwise=True)
+        self.validation_set = _Sequences(self._files["validation"], self.sequence_length, mask=mask)
+        for name, found, needed, advice in (
+            ("training", self.train_set, self.batch_size, "batch_size"),
+            ("validation", self.validation_set, 1, "sequence_length, raise val_fraction"),
+        ):
+            if len(found) < needed:
+                tokens = len(np.load(found.path, mmap_mode="r"))
+                raise ValueError(
+                    f"corpus={self.corpus!r} is too short: {tokens} tokens for {name} make {len(found)} sequences of "
+                    f"sequence_length={self.sequence_length}, but at least {needed} are needed "
+                    f"({needed * self.sequence_length} tokens): give more text or lower {advice}"
+                )
+        if self.max_val_sequences is not None and len(self.validation_set) > self.max_val_sequences:
+            chooser = torch.Generator().manual_seed(derive_seed(self.seed, "validation"))
+            order = torch.randperm(len(self.validation_set), generator=chooser)
+            self.validation_set.rows = order[: self.max_val_sequences].sort().values.numpy()
+        self.__dict__.pop("unigram_entropy", None)
+        if self._saved is not None:
+            self.load_state_dict(self._saved)
+
+    # ---- loaders
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.train_set, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader(self.validation_set)
+
+    def _loader(self, dataset: _Sequences, *, shuffle: bool = False, drop_last: bool = False) -> ResumableLoader:
+        return ResumableLoader(
+            dataset,
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            **data_ranks(self.trainer),
+        )
+
+    # ---- what the data is like
+
+    @cached_property
+    def unigram_entropy(self) -> float:
+        """Loss, in nats per token, of a model that knows how frequent tokens are but sees no context.
+
+        It is the cross-entropy of the validation tokens under the frequencies in training, each count plus one.
+        Special tokens are left out, as masking does.
+        """
+        ordinary = self.vocab_size - len(_SPECIAL)
+        rows = self.validation_set.rows
+        held_out = self.validation_set.tokens if rows is None else self.validation_set.tokens[rows]
+        train, validation = (
+            np.bincount(tokens.ravel(), minlength=self.vocab_size)[:ordinary]
+            for tokens in (self.train_set.tokens, held_out)
+        )
+        probabilities = (train + 1) / (train.sum() + ordinary)
+        return float(-(validation @ np.log(probabilities)) / validation.sum())
+
+    @cached_property
+    def _bpe(self) -> "Tokenizer":
+        if self._files is None:
+            raise ValueError("there is no tokenizer yet: call prepare_data() first")
+        return _tokenizer(self._files["tokenizer"].read_bytes())
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, without special tokens."""
+        return list(text.encode()) if self.tokenizer == "bytes" else self._bpe.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, with special tokens written as <sep> and <mask>."""
+        text = ""
+        for special, run in itertools.groupby(map(int, ids), key=lambda token: token >= self.separator_id):
+            if special:
+                text += "".join(_SPECIAL[token - self.separator_id] for token in run)
+            elif self.tokenizer == "bytes":
+                text += bytes(run).decode(errors="replace")
+            else:
+                text += self._bpe.decode(list(run))
+        return text
+
+    # ---- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the batches and their content depend on; empty before setup."""
+        if self._files is None:
+            return {}
+        vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"
+        names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "mask_rate", "seed")
+        return {"corpus": self._corpus_hash, "tokenizer": vocabulary} | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with a checkpoint that training is to go on from; evaluating one on other data is fine.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: The data differ.
+        """
+        if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
+            return
+        if self._files is None:
+            self._saved = dict(state_dict)
+            return
+        self._saved, present = None, self.state_dict()
+        differing = [
+            f"{name} (was {value!r}, is {present.get(name)!r})"
+            for name, value in state_dict.items()
+            if present.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint was trained on other data, so training cannot go on from it: {', '.join(differing)}. "
+                "Resume with the data and settings it had, or start a new run from its weights"
+            )
+
+
+def _tokenizer(data: bytes) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(data.decode())

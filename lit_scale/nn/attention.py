@@ -1,0 +1,103 @@
+"""Multi-head self-attention and rotary positions."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Attention", "RotaryPositions"]
+
+
+class RotaryPositions(nn.Module):
+    """Rotary position encoding (Su et al. 2021, equation 34): rotates pairs of channels by position times frequency.
+
+    Args:
+        head_width: Channels of one head, even.
+        max_length: Longest sequence, in tokens.
+        base: Base of the geometric row of frequencies (10,000 in the paper, section 3.3).
+
+    Raises:
+        ValueError: If ``head_width`` is odd.
+
+    Example:
+        >>> rotary = RotaryPositions(head_width=8, max_length=16)
+        >>> rotary(torch.ones(2, 16, 3, 8)).shape
+        torch.Size([2, 16, 3, 8])
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_width: int, max_length: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_width % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, but width / num_heads = {head_width} is odd")
+        frequencies = base ** (-torch.arange(0, head_width, 2) / head_width)
+        angles = torch.outer(torch.arange(max_length), frequencies)  # (T, D/2)
+        # The pairs are (i, i + D/2); the minus sign of the rotation is folded into sin to save a negation a step.
+        self.register_buffer("cos", angles.cos().repeat(1, 2)[:, None, :], persistent=False)  # (T, 1, D)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1)[:, None, :], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate ``x`` of shape (B, T, ..., D) with any number of axes between the tokens and the channels."""
+        length = x.shape[1]
+        between = (1,) * (x.ndim - 3)
+        cos, sin = (table[:length].view(length, *between, -1).to(x.dtype) for table in (self.cos, self.sin))
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class Attention(nn.Module):
+    """Bidirectional or causal multi-head self-attention (Vaswani et al. 2017, section 3.2.2) through torch's kernels.
+
+    Args:
+        width: Channels of the residual stream.
+        num_heads: Heads; ``width`` must be a multiple.
+        dropout: Dropout of the attention weights.
+        rotary: Position encoding of queries and keys, if any.
+        causal: Whether a position sees only itself and those before it.
+
+    Raises:
+        ValueError: If ``width`` is not a multiple of ``num_heads``.
+
+    Example:
+        >>> attention = Attention(width=32, num_heads=4)
+        >>> attention(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dropout: float = 0.0,
+        rotary: RotaryPositions | None = None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.causal = causal
+        self.rotary = rotary
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend over ``x`` (B, T, C); ``mask`` is boolean, broadcastable to (B, H, T, T), true where seen."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        if self.rotary is None:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        else:
+            query, key = self.rotary(qkv[:, :, :2]).permute(2, 0, 3, 1, 4).unbind(0)
+            value = qkv[:, :, 2].transpose(1, 2)
+        x = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and mask is None,
+        )
+        return self.out(x.transpose(1, 2).reshape(batch, length, width))

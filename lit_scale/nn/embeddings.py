@@ -1,0 +1,43 @@
+"""Token embeddings with learned or rotary positions."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Embedding", "Positions"]
+
+Positions = Literal["learned", "rotary"]
+
+
+class Embedding(nn.Module):
+    """Token embedding plus, where positions are learned, position embedding (Devlin et al. 2019, section 3).
+
+    Args:
+        vocab_size: Number of token ids.
+        width: Channels of the residual stream.
+        max_length: Longest sequence, in tokens.
+        positions: ``"learned"`` adds an embedding per position; ``"rotary"`` leaves positions to the attention.
+        dropout: Dropout of the sum.
+
+    Example:
+        >>> Embedding(vocab_size=10, width=8, max_length=4)(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, max_length: int, *, positions: Positions = "learned", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.empty(max_length, width)) if positions == "learned" else None
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed ``input_ids`` (B, T) as (B, T, C)."""
+        x = self.tokens(input_ids)
+        if self.positions is not None:
+            x = x + self.positions[: input_ids.shape[1]]
+        return x if self.dropout is None else self.dropout(x)

@@ -1,0 +1,138 @@
+"""The Transformer encoder: one block, whose residual wiring is a replaceable part, and a stack of them."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from lit_scale.blocks import BlockList
+from lit_scale.nn.attention import Attention, RotaryPositions
+from lit_scale.nn.feedforward import FeedForward
+from lit_scale.nn.residual import PreNorm, Residual
+
+__all__ = ["Encoder", "EncoderBlock", "normal_init"]
+
+Initialisation = Callable[[nn.Module, int], None]
+
+
+def normal_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
+    """Weights from N(0, std^2), biases zero, norms the identity (Devlin et al. 2019 and Radford et al. 2019).
+
+    Args:
+        module: A block, or any part of a model; its whole subtree is initialised.
+        depth: Number of blocks of the stack; this initialisation does not look at it, others do.
+        std: Standard deviation (0.02 in the reference code of both papers).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention, then feed-forward, each joined to the stream by a residual scheme.
+
+    Args:
+        width: Channels of the residual stream.
+        num_heads: Attention heads.
+        hidden: Channels inside the feed-forward part; ``None`` is four times the width.
+        dropout: Dropout of attention weights and of both sublayers' outputs.
+        rotary: Position encoding of queries and keys, if any; shared by all blocks.
+        causal: Whether a position sees only itself and those before it.
+        residual: Class of the residual scheme.
+
+    Example:
+        >>> import torch
+        >>> EncoderBlock(width=32, num_heads=4)(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        rotary: RotaryPositions | None = None,
+        causal: bool = False,
+        residual: type[Residual] = PreNorm,
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(width, num_heads, dropout=dropout, rotary=rotary, causal=causal)
+        self.feedforward = FeedForward(width, hidden or 4 * width)
+        self.attention_residual = residual(width, dropout)
+        self.feedforward_residual = residual(width, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map ``x`` (B, T, C) to the same shape; ``mask`` as in :class:`~lit_scale.nn.attention.Attention`."""
+        x = self.attention_residual(x, partial(self.attention, mask=mask))
+        return self.feedforward_residual(x, self.feedforward)
+
+
+class Encoder(nn.Module):
+    """A stack of encoder blocks, of which some may be switched off (:class:`~lit_scale.blocks.BlockList`).
+
+    Args:
+        depth: Number of blocks.
+        width: Channels of the residual stream.
+        num_heads: Attention heads.
+        hidden: Channels inside the feed-forward part; ``None`` is four times the width.
+        max_length: Longest sequence, in tokens; needed for rotary positions only.
+        rotary: Whether queries and keys carry rotary positions.
+        dropout: Dropout inside the blocks.
+        causal: Whether a position sees only itself and those before it.
+        residual: Class of the residual scheme.
+        init: Called with each block and the depth; replaces the initial weights.
+
+    Raises:
+        ValueError: If ``depth`` is below 1, or ``width`` no multiple of ``num_heads``.
+
+    Example:
+        >>> import torch
+        >>> encoder = Encoder(depth=2, width=32, num_heads=4, max_length=16)
+        >>> encoder(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        num_heads: int,
+        *,
+        hidden: int | None = None,
+        max_length: int = 512,
+        rotary: bool = False,
+        dropout: float = 0.0,
+        causal: bool = False,
+        residual: type[Residual] = PreNorm,
+        init: Initialisation = normal_init,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth={depth}: an encoder needs at least one block")
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        positions = RotaryPositions(width // num_heads, max_length) if rotary else None
+        block = partial(
+            EncoderBlock,
+            width,
+            num_heads,
+            hidden=hidden,
+            dropout=dropout,
+            rotary=positions,
+            causal=causal,
+            residual=residual,
+        )
+        self.blocks = BlockList([block() for _ in range(depth)])
+        self.norm = nn.LayerNorm(width) if residual.needs_final_norm else nn.Identity()
+        for one in self.blocks:
+            init(one, depth)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the active blocks over ``x`` (B, T, C)."""
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)

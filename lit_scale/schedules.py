@@ -1,0 +1,56 @@
+"""Schedules: pure functions of the run's progress, a number in [0, 1].
+
+The same schedule therefore serves a run limited by steps, by epochs or by seconds; who calls it says how far the
+run is (:func:`lit_scale.technique.progress`).
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+__all__ = ["rewarmup", "stage_at", "warmup_cosine"]
+
+
+def warmup_cosine(progress: float, warmup: float = 0.05) -> float:
+    """Factor on the peak learning rate: linear warm-up from 0 to 1, then half a cosine down to exactly 0.
+
+    A baseline whose rate has not decayed by the end of its own run makes every technique look good (Kaddour et al.
+    2023, "No Train No Gain", section 3), so the decay always spans the whole run.
+
+    Args:
+        progress: Fraction of the run that is done.
+        warmup: Fraction of the run spent warming up, in [0, 1).
+
+    Example:
+        >>> [round(warmup_cosine(p, warmup=0.1), 3) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (progress - warmup) / (1.0 - warmup))))
+
+
+def stage_at(progress: float, starts: Sequence[float]) -> int:
+    """Index of the last stage that has begun; a stage begins at its start, not after it.
+
+    Args:
+        progress: Fraction of the run that is done.
+        starts: Ascending fractions at which the stages begin, the first one 0.
+
+    Example:
+        >>> [stage_at(p, [0.0, 0.3, 0.6]) for p in (0.0, 0.29, 0.3, 1.0)]
+        [0, 0, 1, 2]
+    """
+    return bisect_right(starts, progress) - 1
+
+
+def rewarmup(progress: float, since: float, duration: float) -> float:
+    """Factor on the learning rate that climbs linearly from 0 to 1 over ``duration`` after the event at ``since``.
+
+    Example:
+        >>> [rewarmup(p, since=0.5, duration=0.1) for p in (0.4, 0.55, 0.7)]
+        [1.0, 0.5000000000000004, 1.0]
+    """
+    if duration <= 0.0 or progress < since:
+        return 1.0
+    return min(1.0, (progress - since) / duration)

@@ -1,0 +1,124 @@
+"""What every technique stands on: the run's progress, the checks at its start, and its mark in the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+__all__ = ["Factor", "Technique", "check_techniques", "progress"]
+
+Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
+
+_MARK = "lit_scale_techniques"
+
+
+def progress(trainer: Trainer) -> float:
+    """How much of the run is done, in [0, 1], whichever limit of the Trainer it is nearest to.
+
+    In steps that is ``global_step / max_steps``; in epochs, optimizer steps over those of all epochs; in seconds,
+    elapsed over allowed time, as rank 0 sees it, so that all ranks agree.
+
+    Args:
+        trainer: A Trainer with ``max_steps``, ``max_epochs`` or ``max_time``. Before its loaders exist the epochs
+            count as not begun.
+    """
+    done = [0.0]
+    step = trainer.global_step
+    if trainer.max_steps > 0:
+        done.append(step / trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        batches = trainer.num_training_batches
+        if batches == float("inf"):  # a stream without a length: only whole epochs can be told
+            done.append(trainer.current_epoch / trainer.max_epochs)
+        elif batches:
+            steps = -(-int(batches) // trainer.accumulate_grad_batches)
+            done.append(step / (steps * trainer.max_epochs))
+    for timer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
+            spent = timer.time_elapsed()
+            fraction = spent / max(spent + left, 1e-9)
+            done.append(trainer.strategy.broadcast(fraction) if trainer.world_size > 1 else fraction)
+    return min(1.0, max(done))
+
+
+class Technique(Callback):
+    """A callback that lowers one factor of a run's cost.
+
+    A subclass names the factor, acts through Lightning's hooks, keeps its state in numbers, strings and tensors, and
+    returns its settings from :meth:`settings`. At the start this class refuses what the technique cannot work with;
+    at resume it refuses other settings than those of the checkpoint, or a technique that was left out.
+    """
+
+    #: The factor of steps x samples x tokens x blocks x weights x bytes that the technique lowers.
+    factor: ClassVar[Factor]
+    #: Names of techniques on the same factor that this one can share it with.
+    shares_with: ClassVar[frozenset[str]] = frozenset()
+    #: Strategies it is tested with, and what to write instead of others.
+    strategies: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy, DDPStrategy)
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments that must not change when a run is resumed, as plain values."""
+        return {}
+
+    def step_shape(self) -> dict[str, Any]:
+        """What, beside the batch, decides the cost of a training step now; the clock keeps one price for each."""
+        return {}
+
+    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+        """Bring the model into the state that ``shape`` (of an earlier :meth:`step_shape`) was told in."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything is trained, what the technique cannot work with."""
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        if not isinstance(trainer.strategy, self.strategies):
+            raise ValueError(
+                f"{name} does not support strategy {type(trainer.strategy).__name__}; use strategy='ddp' or one device"
+            )
+        if not pl_module.automatic_optimization:
+            raise ValueError(f"{name} needs automatic optimization, but {type(pl_module).__name__} turned it off")
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(other, Technique) or other is self:
+                continue
+            if type(other) is type(self):
+                raise ValueError(f"callbacks holds {name} twice; give one of them all the stages")
+            shared = type(other).__name__ in self.shares_with or name in other.shares_with
+            if other.factor == self.factor and not shared:
+                raise ValueError(
+                    f"{name} and {type(other).__name__} both change the {self.factor} of a step; use one of them"
+                )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave the technique's name and settings in the checkpoint."""
+        checkpoint.setdefault(_MARK, {})[type(self).__name__] = self.settings()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other settings or without a technique that the checkpoint was trained with."""
+        check_techniques(trainer, checkpoint)
+
+
+def check_techniques(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse to resume training without, or with other settings of, the techniques of a checkpoint.
+
+    Raises:
+        ValueError: Naming the technique and the setting.
+    """
+    if trainer.state.fn != "fit":
+        return
+    present = {type(t).__name__: t for t in trainer.callbacks if isinstance(t, Technique)}  # type: ignore[attr-defined]
+    for name, settings in checkpoint.get(_MARK, {}).items():
+        if name not in present:
+            raise ValueError(
+                f"the checkpoint was trained with {name}, which is missing from this Trainer; "
+                f"add it: callbacks=[{name}({', '.join(f'{k}={v!r}' for k, v in settings.items())})]"
+            )
+        for key, now in present[name].settings().items():
+            if settings.get(key, now) != now:
+                raise ValueError(
+                    f"{name}({key}={now!r}) differs from the checkpoint's {key}={settings[key]!r}; "
+                    "resume with the same setting, or start a new run"
+                )
