@@ -302,6 +302,10 @@ class ProgressiveStacking(Technique):
 
     # -- the clock ----------------------------------------------------------------------------------------------------
 
+    def is_plain(self) -> bool:
+        """All blocks run, and all of them train (nothing is ever frozen in the last stage)."""
+        return len(self._stack.active) == len(self._stack)
+
     def step_shape(self) -> dict[str, Any]:
         """Active blocks, and how many of them are frozen."""
         frozen = self._depths[self._stage - 1] if self.freeze_old and 0 < self._stage < len(self.stages) - 1 else 0

@@ -1,7 +1,7 @@
 """A loader that a checkpoint can resume at the very next batch.
 
-The order of an epoch is a function of (seed, epoch) alone, so the whole state of the loader is two numbers, the same
-on every rank: the epoch, and how many batches of it were handed out. Nothing is saved of any random generator.
+The order of an epoch is a function of (seed, epoch) alone, so the whole state of the loader is its position, the same
+on every rank: the epoch, and how many batches were handed out since it began. Nothing is saved of any random generator.
 """
 
 import hashlib
@@ -120,8 +120,13 @@ class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` over a map dataset that resumes exactly, with or without workers, on one rank or many.
 
     ``load_state_dict`` makes the next iteration go on with the very next batch; when the saved epoch was complete,
-    with the first of the following one. Lightning saves and restores the state by itself. Under Lightning the epoch
-    is the Trainer's; in a loop of your own, each complete iteration is followed by the next epoch.
+    with the first of the following one. Lightning saves and restores the state by itself.
+
+    Each iteration is one epoch, and the next one follows it. A shuffled loader is a stream of epochs: where a Trainer
+    begins a new epoch before this one is through (max_steps, limit_train_batches), it goes on with the very next
+    batch. One that is not shuffled begins from the front, as validation should. (Lightning returns no state to a
+    loader when it resumes from a checkpoint of ``on_train_epoch_end`` without max_steps: the epoch that it tells is
+    then begun from the front. `TextDataModule` keeps the position itself.)
 
     Work starts with the first ``next``, not with ``iter``: Lightning calls ``iter`` before it tells the epoch, and
     workers that start then would repeat the order of epoch 0 (Lightning #21938). Neither draws from the global
@@ -177,9 +182,10 @@ class ResumableLoader(DataLoader[Any]):
         kwargs.setdefault("generator", torch.Generator())  # without one, each `iter` draws from the global generator
         super().__init__(dataset, **kwargs)
         self.seed = seed
-        self._epoch = 0
-        self._batches = 0  # of this epoch that were handed out
-        self._loaded = False  # the position is from a checkpoint, and no batch was handed out since
+        self._position = 0  # batches handed out since epoch 0 began
+        self._pass = 0, 0  # where the last iteration began, and where it was to end
+        self._told: int | None = None  # the epoch that a Trainer told last
+        self._loaded = False  # the position is from a checkpoint, and no iteration has started since
 
     def __len__(self) -> int:
         length = super().__len__()
@@ -192,57 +198,80 @@ class ResumableLoader(DataLoader[Any]):
         return length
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._epoch, self._batches = self._next_position()
-        self._loaded = False
-        sampler = self.sampler
-        if isinstance(sampler, EpochSampler):
-            assert self.batch_size is not None
-            sampler.epoch, sampler.start, sampler.requested = self._epoch, self._batches * self.batch_size, None
-            # Of this generator come the seeds of the workers, for datasets that use global generators after all.
-            self.generator.manual_seed(derive_seed(self.seed, self._epoch, "workers", sampler._placement()[0]))
-            batches = super().__iter__()
-        else:
-            batches = itertools.islice(super().__iter__(), self._batches, None)  # type: ignore[assignment]
-        for batch in batches:
-            self._batches += 1  # before it is handed out: Lightning does not ask beyond the last one
-            yield batch
+        remaining = self._begin()
+        while remaining:
+            before = self._position
+            for batch in itertools.islice(self._batches(*divmod(before, len(self))), remaining):
+                self._position += 1  # before it is handed out: Lightning does not ask beyond the last one
+                remaining -= 1
+                yield batch
+            if self._position == before:  # a foreign sampler that has less than its length
+                return
 
-    def _next_position(self) -> tuple[int, int]:
-        """The epoch and batch that an iteration starts from."""
-        requested = getattr(self.sampler, "requested", None)
-        complete = 0 < self._batches >= len(self)
-        if self._loaded:
-            epoch, batches = (self._epoch + 1, 0) if complete else (self._epoch, self._batches)
-            # A Trainer that limits the batches of an epoch asks for the next one when ours is not complete.
-            return (requested, 0) if requested is not None and requested > epoch else (epoch, batches)
-        if requested is not None:
-            return requested, 0
-        return self._epoch + complete, 0
+    def _batches(self, epoch: int, done: int) -> Iterator[Any]:
+        """The batches of an epoch but for the first ones."""
+        if not isinstance(self.sampler, EpochSampler):
+            return itertools.islice(super().__iter__(), done, None)
+        assert self.batch_size is not None
+        self.sampler.epoch, self.sampler.start = epoch, done * self.batch_size
+        # From this generator come the seeds of the workers, for datasets that use global generators after all.
+        self.generator.manual_seed(derive_seed(self.seed, epoch, "workers", self.sampler.rank))
+        return super().__iter__()
+
+    def _begin(self) -> int:
+        """Settle where an iteration starts, and return how many batches it has."""
+        length, sampler = len(self), self.sampler
+        loaded, self._loaded = self._loaded, False
+        told, stream = None, False
+        if isinstance(sampler, EpochSampler):
+            told, sampler.requested, stream = sampler.requested, None, sampler.shuffle
+        if told is not None:
+            # Told a later epoch, a stream goes on where it is: an epoch that was cut short (by max_steps or
+            # limit_train_batches) has the same successor whether the run was interrupted there or not.
+            if loaded:
+                goes_on = stream or told <= self._position // length
+            else:
+                goes_on = stream and self._told is not None and told > self._told
+            if not goes_on:
+                self._position = told * length
+            self._told = told
+        elif not loaded and self._position < self._pass[1]:
+            self._position = self._pass[0]  # the last iteration was left half way: once more
+        # The Trainer counts for itself. Without one, an iteration ends with its epoch.
+        remaining = length if self._told is not None else length - self._position % length
+        self._pass = self._position, self._position + remaining
+        return remaining
 
     def state_dict(self) -> dict[str, int]:
-        """The position: ``epoch`` and how many ``batches`` of it were handed out; the same on all ranks."""
-        return {"epoch": self._epoch, "batches": self._batches}
+        """The position: the ``epoch``, how many ``batches`` of it were handed out, and its ``length`` in batches.
+
+        All ranks are at the same position, so that of one will do for all.
+        """
+        epoch, batches = divmod(self._position, len(self))
+        return {"epoch": epoch, "batches": batches, "length": len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on after this position.
 
         Args:
-            state_dict: What `state_dict` returned.
+            state_dict: What `state_dict` returned; ``length`` may be missing.
 
         Raises:
-            ValueError: It is the state of another kind of loader, or of one with more batches.
+            ValueError: It is the state of another kind of loader, or of one with more or fewer batches.
         """
-        if set(state_dict) != {"epoch", "batches"}:
+        if not {"epoch", "batches"} <= set(state_dict):
             raise ValueError(
-                f"the checkpoint holds the state of another loader (keys {sorted(state_dict)}, not 'epoch' and "
+                f"the checkpoint holds the state of another loader (keys {sorted(state_dict)}, without 'epoch' and "
                 "'batches'): resume with the loader that it was saved with"
             )
-        epoch, batches = state_dict["epoch"], state_dict["batches"]
-        if batches > len(self):
+        length = len(self)
+        if state_dict.get("length", length) != length:
             raise ValueError(
-                f"the checkpoint was saved after {batches} batches of its epoch, but this loader has only {len(self)}: "
-                "resume with the same data, batch_size and number of ranks"
+                f"the checkpoint was saved with {state_dict['length']} batches per epoch, but this loader has "
+                f"{length}: resume with the same data and global batch, which is batch_size times the number of ranks"
             )
-        self._epoch, self._batches, self._loaded = epoch, batches, True
+        self._position = state_dict["epoch"] * length + state_dict["batches"]
+        self._pass = self._position, self._position
+        self._told, self._loaded = None, True
         if isinstance(self.sampler, EpochSampler):
             self.sampler.requested = None

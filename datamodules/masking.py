@@ -83,7 +83,7 @@ def mask_tokens(
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate={rate}: must lie between 0 and 1, such as 0.15")
-    ids = np.array(tokens, dtype=np.int64)  # (B, T), a copy to write to
+    ids = np.asarray(tokens).astype(np.int64)  # (B, T), a copy to write to
     size, length = ids.shape
     chosen = num_predictions(rate, length)
     special = tuple(sorted({mask_id, *special_ids}))

@@ -84,8 +84,8 @@ def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
         library = Path(sysconfig.get_paths()["stdlib"])
         found = _files_below(library, ".py", {"site-packages", *_TESTS})
     for entry in [corpus] if isinstance(corpus, str) else corpus or []:
-        path = Path(entry).expanduser()
-        matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        path = Path(entry or "no name").expanduser()  # "" would be the current folder
+        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
         if not matches:
             raise ValueError(f"corpus={entry!r} matches no file: give text files, folders of them, or globs")
         for match in matches:
@@ -208,20 +208,22 @@ class _Cache:
     file whose content does not hash to its name counts as missing.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, names: Sequence[str]) -> None:
         self.folder = folder
         self.index = folder / f"{key}.json"
+        self.names = names
 
     def load(self) -> dict[str, Path] | None:
         """The files of this key by name, or None unless all are there and whole."""
         try:
-            files = {name: self.folder / file for name, file in json.loads(self.index.read_bytes()).items()}
+            index = json.loads(self.index.read_bytes())
+            files = {name: self.folder / index[name] for name in self.names}
             for path in files.values():
                 with open(path, "rb") as file:
                     digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
                 if digest != path.stem:
                     return None
-        except (OSError, ValueError, AttributeError, TypeError):  # absent, or an index that is no longer JSON
+        except (OSError, ValueError, LookupError, TypeError):  # absent, or an index that is none
             return None
         return files
 
@@ -379,6 +381,8 @@ class TextDataModule(LightningDataModule):
         self._files: dict[str, Path] | None = None  # train, validation and, for a BPE, tokenizer
         self._corpus_hash = ""
         self._saved: dict[str, Any] | None = None  # of the checkpoint, until there is a corpus to compare with
+        self._position: dict[str, int] | None = None  # of the checkpoint, until there is a loader to continue
+        self._train_loader: ResumableLoader | None = None
 
     @property
     def separator_id(self) -> int:
@@ -411,9 +415,11 @@ class TextDataModule(LightningDataModule):
         documents = read_documents(self.corpus)
         self._corpus_hash = _digest("".join(documents).encode())
         settings: list[Any] = [_FORMAT, self._corpus_hash, self.seed, self.val_fraction, self.tokenizer]
+        names = ["train", "validation"]
         if self.tokenizer == "bpe":
             settings += [self.vocab_size, importlib.metadata.version("tokenizers")]
-        cache = _Cache(self.cache_dir / "text", _digest(json.dumps(settings).encode()))
+            names.append("tokenizer")
+        cache = _Cache(self.cache_dir / "text", _digest(json.dumps(settings).encode()), names)
         files = cache.load()
         if files is None:
             contents = self._tokenize(documents)
@@ -478,7 +484,12 @@ class TextDataModule(LightningDataModule):
     # ---- loaders
 
     def train_dataloader(self) -> ResumableLoader:
-        return self._loader(self.train_set, shuffle=True, drop_last=True)
+        self._train_loader = self._loader(self.train_set, shuffle=True, drop_last=True)
+        if self._position is not None:
+            # Lightning restores the loader too, but not after on_train_epoch_end of a run limited by epochs.
+            self._train_loader.load_state_dict(self._position)
+            self._position = None
+        return self._train_loader
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader(self.validation_set)
@@ -541,15 +552,23 @@ class TextDataModule(LightningDataModule):
     # ---- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of the batches and their content depend on; empty before setup."""
+        """The position in the data, and all that batches depend on; empty before setup."""
         if self._files is None:
             return {}
         vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"
         names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "mask_rate", "seed")
-        return {"corpus": self._corpus_hash, "tokenizer": vocabulary} | {name: getattr(self, name) for name in names}
+        settings = {
+            "corpus": self._corpus_hash,
+            "tokenizer": vocabulary,
+            **{name: getattr(self, name) for name in names},
+        }
+        position = self._train_loader.state_dict() if self._train_loader is not None else None
+        return {"settings": settings, "position": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare with a checkpoint that training is to go on from; evaluating one on other data is fine.
+        """Take up the position of a checkpoint that training goes on from, if it was trained on these data.
+
+        Evaluating one on other data is fine.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -562,10 +581,11 @@ class TextDataModule(LightningDataModule):
         if self._files is None:
             self._saved = dict(state_dict)
             return
-        self._saved, present = None, self.state_dict()
+        self._saved, self._position = None, state_dict["position"]
+        present = self.state_dict()["settings"]
         differing = [
             f"{name} (was {value!r}, is {present.get(name)!r})"
-            for name, value in state_dict.items()
+            for name, value in state_dict["settings"].items()
             if present.get(name) != value
         ]
         if differing:

@@ -3,8 +3,8 @@
 The network is never rebuilt: the list that holds the blocks is *gated*, so that iterating over it, indexing, slicing
 and ``len`` see only the active blocks. Parameter names and shapes stay as they are, a skipped block has no gradient,
 and the gated network computes what a network of only those blocks would. Which blocks are active travels inside the
-``state_dict``, under ``<path of the list>._extra_state``, while some are switched off; with all of them active the
-``state_dict`` is the plain network's. So a checkpoint from the middle of a run either evaluates at the depth it was
+``state_dict``, under a key of its own below the path of the list, while some are switched off; with all of them active
+the ``state_dict`` is the plain network's. So a checkpoint from the middle of a run either evaluates at the depth it was
 trained to, or is refused by torch's own strict loading; it is never read as something it is not.
 """
 
@@ -12,53 +12,99 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["BlockList", "BlockStack", "find_blocks"]
 
-_KEY = "_extra_state"  # torch's own name for state of a module that is neither parameter nor buffer
+# Read in torch's "Unexpected key(s)", where a plain network is given the state_dict of a partly active one.
+_KEY = "active blocks: resume with the technique that chose them, or call lit_scale's find_blocks on the model first"
 
 
 class _Gate(nn.Module):
     """Mixin over a ModuleList or Sequential that shows only the active ones of its children."""
 
-    _active: tuple[int, ...]
+    _active: tuple[int, ...] | None = None  # None: all, and the list may still grow
 
     def _shown(self) -> list[nn.Module]:
-        children = list(self._modules.values())
-        return cast(list[nn.Module], [children[i] for i in self._active])
+        children = cast(list[nn.Module], list(self._modules.values()))
+        return children if self._active is None else [children[i] for i in self._active]
+
+    def _hidden(self) -> list[nn.Module]:
+        shown = self._shown()
+        return [child for child in cast(list[nn.Module], self._modules.values()) if child not in shown]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._shown())
 
     def __len__(self) -> int:
-        return len(self._active)
+        return len(self._shown())
 
     def __getitem__(self, index: Any) -> Any:
-        return self._shown()[index]
+        found = self._shown()[index]
+        if isinstance(found, list):
+            return nn.Sequential(*found) if isinstance(self, nn.Sequential) else nn.ModuleList(found)
+        return found
 
-    def __reduce__(self) -> Any:  # the class of a foreign list is made at run time, so pickle needs its recipe
-        return _new_gated, (type(self)._plain,), self.__dict__  # type: ignore[attr-defined]
+    def __setitem__(self, index: Any, module: nn.Module) -> None:
+        names = list(self._modules)
+        self._modules[names[index if self._active is None else self._active[index]]] = module
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if self._active is not None:
+            raise RuntimeError("some of these blocks are switched off; activate all of them before adding more")
+        super().add_module(name, module)
+
+    # What runs the children by ``children()`` must see the active ones (gradient checkpointing in torch and timm);
+    # what torch itself does to all children through it must reach the hidden ones too.
+
+    def children(self) -> Iterator[nn.Module]:
+        return iter(self._shown())
+
+    def apply(self, fn: Any) -> Any:
+        for child in self._hidden():
+            child.apply(fn)
+        return super().apply(fn)
+
+    def train(self, mode: bool = True) -> Any:
+        for child in self._hidden():
+            child.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for child in self._hidden() if recurse else []:
+            child._apply(fn)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if len(self._active) < len(self._modules):
+        if self._active is not None:
             destination[prefix + _KEY] = torch.tensor(self._active)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         active = state_dict.pop(prefix + _KEY, None)
-        self._active = tuple(range(len(self._modules))) if active is None else tuple(active.tolist())
+        if active is not None and int(active.max()) >= len(self._modules):
+            errors = args[-1]
+            errors.append(f"active blocks {active.tolist()} of {prefix[:-1]!r}, which has only {len(self._modules)}")
+        elif active is not None or any(key.startswith(prefix) for key in state_dict):  # not a load of other parts
+            self._active = None if active is None else tuple(active.tolist())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@cache
+_gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _gated(plain: type[nn.Module]) -> type[nn.Module]:
-    return plain if issubclass(plain, _Gate) else type(f"Gated{plain.__name__}", (_Gate, plain), {"_plain": plain})
+    """The class of a gated list; made at run time for a foreign one, so pickle needs its recipe."""
+    if issubclass(plain, _Gate):
+        return plain
+    if plain not in _gated_classes:
+        members = {"_plain": plain, "__reduce__": lambda self: (_new_gated, (plain,), self.__dict__)}
+        _gated_classes[plain] = type(f"Gated{plain.__name__}", (_Gate, plain), members)
+    return _gated_classes[plain]
 
 
 def _new_gated(plain: type[nn.Module]) -> nn.Module:
@@ -68,14 +114,6 @@ def _new_gated(plain: type[nn.Module]) -> nn.Module:
 
 class BlockList(_Gate, nn.ModuleList):
     """A ``ModuleList`` that can be gated from the start, so that ``load_from_checkpoint`` alone restores its depth."""
-
-    def __init__(self, modules: Iterable[nn.Module] | None = None) -> None:
-        self._active = ()
-        super().__init__(modules)
-        self._active = tuple(range(len(self._modules)))
-
-
-BlockList._plain = BlockList  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -105,7 +143,8 @@ class BlockStack:
     @property
     def active(self) -> tuple[int, ...]:
         """Indices of the blocks that run, ascending."""
-        return cast(tuple[int, ...], getattr(self.container, "_active", tuple(range(len(self)))))
+        active = getattr(self.container, "_active", None)
+        return tuple(range(len(self))) if active is None else cast(tuple[int, ...], active)
 
     def __len__(self) -> int:
         return len(self.container._modules)
@@ -123,13 +162,14 @@ class BlockStack:
         if not chosen or chosen[0] < 0 or chosen[-1] >= len(self):
             raise ValueError(f"cannot activate blocks {chosen} of {self.path!r}, which has {len(self)}")
         self.container.__class__ = _gated(type(self.container))
-        self.container._active = chosen  # type: ignore[assignment]
+        self.container._active = None if len(chosen) == len(self) else chosen  # type: ignore[assignment]
 
     def release(self) -> None:
         """Give a foreign list its own class back if all of its blocks are active; otherwise leave it gated."""
         plain = getattr(type(self.container), "_plain", None)
         if plain is not None and len(self.active) == len(self):
             self.container.__class__ = plain
+            self.container.__dict__.pop("_active", None)
 
     def copy(self, source: int, target: int) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Copy parameters and buffers from one block to another.
@@ -139,35 +179,34 @@ class BlockStack:
         """
         one, other = self.blocks[source], self.blocks[target]
         with torch.no_grad():
-            for (_, a), (_, b) in zip(_tensors(one), _tensors(other), strict=True):
+            for a, b in zip(
+                chain(one.parameters(), one.buffers()), chain(other.parameters(), other.buffers()), strict=True
+            ):
                 b.copy_(a)
-        return list(zip(one.parameters(), other.parameters(), strict=True))
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return [(a, b) for a, b in pairs if a is not b]  # some models share parameters between their blocks
 
     def __repr__(self) -> str:
         kind = type(self.blocks[0]).__name__
         return f"BlockStack({self.path}: {len(self.active)} of {len(self)} {kind} active)"
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(module.named_parameters(), module.named_buffers())
-
-
 def _is_stack(module: nn.Module) -> bool:
-    """At least two children of one class, each with parts of its own and the same parameters in name and shape."""
+    """At least two children of one class, with parameters of the same names and shapes."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module._modules) < 2:
+        return False
     blocks = list(module._modules.values())
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(blocks) < 2 or None in blocks:
+    if None in blocks or len({type(block) for block in blocks}) > 1:
         return False
-    if len({type(block) for block in blocks}) > 1 or not any(True for _ in blocks[0].children()):  # type: ignore[union-attr]
-        return False
-    shapes = [[(name, p.shape) for name, p in block.named_parameters()] for block in blocks]  # type: ignore[union-attr]
+    shapes = [[(name, p.shape) for name, p in block.named_parameters()] for block in blocks]
     return bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
 
 
 def _candidates(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Stacks inside ``module``, outermost only: experts inside a block are part of the block."""
+    """Stacks of blocks with parts of their own, outermost only: experts inside a block are part of the block."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
-        if _is_stack(child):
+        if _is_stack(child) and any(True for block in child.children() for _ in block.children()):
             yield below, child
         else:
             yield from _candidates(child, below)
@@ -183,7 +222,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> BlockStack:
     """Find the one list of repeated blocks in a network, or take the one at ``path``.
 
     A stack is a ``ModuleList`` or ``Sequential`` of at least two children of one class whose parameters agree in name
-    and shape and that have parts of their own; stacks inside a stack's blocks do not count.
+    and shape. Without a path it is sought among those whose blocks have parts of their own, and not inside of blocks.
 
     Args:
         model: Any network; a LightningModule around one will do.
@@ -202,7 +241,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> BlockStack:
         >>> find_blocks(vit)
         BlockStack(blocks: 12 of 12 Block active)
     """
-    candidates = list(_candidates(model))
+    candidates = list({id(part): (path, part) for path, part in _candidates(model)}.values())  # some have two paths
     listing = f"; candidates: {_describe(candidates)}" if candidates else ""
     if path is not None:
         try:

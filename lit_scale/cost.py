@@ -40,6 +40,7 @@ __all__ = ["CostMeter", "charge", "hardware", "versions", "write_json"]
 
 Key = tuple[tuple[str, Any], ...]
 
+_COMMON = ("kind", "samples", "tokens", "update", "plain", "batch")  # of every shape; the rest comes from techniques
 _SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
 _WARM = 2  # first steps of a shape that are not timed: allocation, compilation
 
@@ -119,9 +120,10 @@ class CostMeter(Callback):
     def _key(self, trainer: Trainer, kind: str, batch: Any, update: bool) -> Key:
         samples, tokens = self.samples_and_tokens(batch)
         key: list[tuple[str, Any]] = [("kind", kind), ("samples", samples), ("tokens", tokens), ("update", update)]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Technique):
-                key += callback.step_shape().items()
+        techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]  # type: ignore[attr-defined]
+        key.append(("plain", all(technique.is_plain() for technique in techniques)))
+        for technique in techniques:
+            key += technique.step_shape().items()
         shapes = " ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         return (*key, ("batch", shapes))
 
@@ -203,7 +205,7 @@ class CostMeter(Callback):
         )
 
     def _begin_stage(self, trainer: Trainer, key: Key) -> None:
-        shape = {name: value for name, value in key if name not in ("kind", "samples", "tokens", "update", "batch")}
+        shape = {name: value for name, value in key if name not in _COMMON}
         if not self._stages or self._stages[-1]["shape"] != shape:
             self._stages.append({"shape": shape, "first_step": trainer.global_step, "counts": {}, "metrics": {}})
         counts = self._stages[-1]["counts"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ def create_optimizer(
     """
     from timm.optim import create_optimizer_v2, list_optimizers  # timm takes seconds to import
 
-    if name not in list_optimizers():
-        raise ValueError(f"optimizer={name!r} is unknown; timm has {', '.join(list_optimizers())}")
+    names = cast(list[str], list_optimizers())
+    if name not in names:
+        raise ValueError(f"optimizer={name!r} is unknown; timm has {', '.join(names)}")
     if name in {"adam", "adamw"}:
         kwargs.setdefault("fused", True)  # torch's fused kernel, on CPU too: one pass over small tensors
     return create_optimizer_v2(module, opt=name, lr=lr, weight_decay=weight_decay, **kwargs)

@@ -6,13 +6,15 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
 __all__ = ["Factor", "Technique", "check_techniques", "progress"]
 
 Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
 
 _MARK = "lit_scale_techniques"
+_UNTESTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # Lightning derives them from tested ones
 
 
 def progress(trainer: Trainer) -> float:
@@ -63,6 +65,10 @@ class Technique(Callback):
         """Constructor arguments that must not change when a run is resumed, as plain values."""
         return {}
 
+    def is_plain(self) -> bool:
+        """Whether a training step now is exactly the one that a run without the technique makes, at the same price."""
+        return False
+
     def step_shape(self) -> dict[str, Any]:
         """What, beside the batch, decides the cost of a training step now; the clock keeps one price for each."""
         return {}
@@ -75,7 +81,7 @@ class Technique(Callback):
         if stage != "fit":
             return
         name = type(self).__name__
-        if not isinstance(trainer.strategy, self.strategies):
+        if not isinstance(trainer.strategy, self.strategies) or isinstance(trainer.strategy, _UNTESTED):
             raise ValueError(
                 f"{name} does not support strategy {type(trainer.strategy).__name__}; use strategy='ddp' or one device"
             )

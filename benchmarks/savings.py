@@ -1,0 +1,394 @@
+"""What a technique saves at equal loss, against the frontier of a tuned and fully decayed baseline.
+
+    python benchmarks/savings.py bert_progressive_stack --preset cpu
+
+Every run is the recipe itself in a process of its own. The order of runs is mixed, so that a slow hour of the machine
+falls on both sides; prices of equal steps are pooled over all runs. An interrupted sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from frontier import Saving, saving  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+CLOCKS = ("reference_seconds", "flops", "wall_seconds")
+TUNING_SEED = 1_000  # not one of the seeds that are reported
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The runs of one sweep.
+
+    Attributes:
+        flags: Of every run.
+        lrs: Learning rates tried for the baseline, at the length ``tune_steps``.
+        tune_steps: Lengths at which the rate is tuned; a length in between takes that of the nearest one.
+        baseline_steps: Lengths of the baseline's runs, the frontier's points.
+        technique_steps: Lengths of the technique's runs; the first is the headline.
+        relative_cost: Rough cost of a technique's step relative to the baseline's, for the time left only.
+        jobs: Runs at a time.
+        threads: Threads of each run.
+    """
+
+    flags: list[str]
+    lrs: list[float]
+    tune_steps: list[int]
+    baseline_steps: list[int]
+    technique_steps: list[int]
+    relative_cost: float = 1.0
+    jobs: int = 1
+    threads: int | None = None
+    metric: str = "val/loss"
+
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    "bert_progressive_stack": {
+        "cpu": Preset(
+            flags=["--data.max_val_sequences=1024"],
+            lrs=[1e-3, 2e-3, 4e-3],
+            tune_steps=[400],
+            baseline_steps=[200, 400, 800],
+            technique_steps=[600, 400],
+            relative_cost=0.6,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+        ),
+        "gpu": Preset(
+            flags=[
+                "--trainer.precision=bf16-mixed",
+                "--model.depth=12",
+                "--model.width=512",
+                "--model.num_heads=8",
+                "--data.tokenizer=bpe",
+                "--data.sequence_length=256",
+                "--data.batch_size=128",
+                "--data.num_workers=4",
+            ],
+            lrs=[5e-4, 1e-3, 2e-3],
+            tune_steps=[2_000],
+            baseline_steps=[1_000, 2_000, 4_000, 8_000],
+            technique_steps=[4_000, 2_000],
+            relative_cost=0.6,
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of the recipe."""
+
+    baseline: bool
+    steps: int
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{'baseline' if self.baseline else 'technique'}-{self.steps}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass
+class Sweep:
+    """The runs of one recipe and preset, made or found in ``folder``."""
+
+    recipe: str
+    preset_name: str
+    preset: Preset
+    folder: Path
+    console: Console
+    jobs: int
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def flags(self, run: Run) -> list[str]:
+        return [
+            *self.preset.flags,
+            f"--trainer.max_steps={run.steps}",
+            f"--model.lr={run.lr}",
+            f"--seed_everything={run.seed}",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--trainer.val_check_interval={max(1, run.steps // 4)}",
+            "--trainer.check_val_every_n_epoch=null",
+            *(["--baseline"] if run.baseline else []),
+        ]
+
+    def make(self, run: Run) -> dict[str, Any]:
+        """The run's record, from its folder if the same run has been finished before."""
+        folder = self.folder / run.name
+        wanted = self.flags(run)
+        result, flags = folder / "result.json", folder / "flags.json"
+        if result.exists() and flags.exists() and json.loads(flags.read_text()) == wanted:
+            record = json.loads(result.read_text())
+            if record["steps"] == run.steps:
+                return record | {"name": run.name, "learning_rate": run.lr}
+        folder.mkdir(parents=True, exist_ok=True)
+        last = folder / "checkpoints" / "last.ckpt"
+        resumable = last.exists() and flags.exists() and json.loads(flags.read_text()) == wanted and not result.exists()
+        flags.write_text(json.dumps(wanted))
+        command = [
+            sys.executable,
+            str(ROOT / "recipes" / f"{self.recipe}.py"),
+            *wanted,
+            f"--trainer.default_root_dir={folder}",
+            *([f"--ckpt_path={last}"] if resumable else []),
+        ]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        if self.preset.threads:
+            environment |= {"OMP_NUM_THREADS": str(self.preset.threads)}
+        with open(folder / "log.txt", "ab") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+            self.children.append(child)
+            code = child.wait()
+            self.children.remove(child)
+        if code:
+            tail = "\n".join((folder / "log.txt").read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"{run.name} ended with exit code {code}:\n{tail}")
+        for checkpoint in (folder / "checkpoints").glob("*.ckpt"):
+            checkpoint.unlink()
+        return json.loads(result.read_text()) | {"name": run.name, "learning_rate": run.lr}
+
+    def make_all(self, runs: Iterable[Run], what: str) -> dict[Run, dict[str, Any]]:
+        """All of these runs, several at a time, in mixed order, the long ones first."""
+        runs = list(runs)
+        random.Random(0).shuffle(runs)
+        runs.sort(key=lambda run: -self.weight(run) // 100)
+        records: dict[Run, dict[str, Any]] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
+            task = progress.add_task(what, total=sum(map(self.weight, runs)), done=f"0/{len(runs)} runs")
+            with ThreadPoolExecutor(self.jobs) as pool:
+                futures = {pool.submit(self.make, run): run for run in runs}
+                try:
+                    for future in as_completed(futures):
+                        run = futures[future]
+                        records[run] = record = future.result()
+                        loss = record["metrics"][self.preset.metric]
+                        progress.console.print(f"  {run.name}: loss {loss:.4f}", highlight=False)
+                        progress.update(task, advance=self.weight(run), done=f"{len(records)}/{len(runs)} runs")
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for child in self.children:
+                        child.send_signal(signal.SIGTERM)
+                    raise
+        return records
+
+    def weight(self, run: Run) -> float:
+        return run.steps * (1.0 if run.baseline else self.preset.relative_cost) + 20
+
+
+def tuned_rates(sweep: Sweep) -> tuple[dict[int, float], list[dict[str, Any]]]:
+    """The baseline's best learning rate at each tuning length, and what was tried."""
+    preset = sweep.preset
+    runs = [Run(True, steps, lr, TUNING_SEED) for steps in preset.tune_steps for lr in preset.lrs]
+    records = sweep.make_all(runs, "tuning the baseline's rate")
+    tried = [
+        {"steps": run.steps, "lr": run.lr, "loss": record["metrics"][preset.metric]} for run, record in records.items()
+    ]
+    best = {
+        steps: min((one["loss"], one["lr"]) for one in tried if one["steps"] == steps)[1] for steps in preset.tune_steps
+    }
+    return best, sorted(tried, key=lambda one: (one["steps"], one["lr"]))
+
+
+def pooled_prices(records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """One price per shape of step: the median over the runs; steps that are plain have one price on both sides."""
+    prices: dict[str, list[float]] = {}
+    for record in records:
+        for shape in record["shapes"]:
+            prices.setdefault(shape_name(shape), []).append(shape["seconds_each"])
+    return {name: statistics.median(seconds) for name, seconds in prices.items()}
+
+
+def shape_name(shape: dict[str, Any]) -> str:
+    """A shape without its prices; a plain step's without what techniques said about it."""
+    common = ("kind", "samples", "tokens", "update", "plain", "batch")
+    priced = ("count", "flops_each", "seconds_each", "price")
+    names = common if shape["plain"] else [name for name in shape if name not in priced]
+    return json.dumps({name: shape[name] for name in sorted(names)})
+
+
+def costs(record: dict[str, Any], prices: dict[str, float]) -> dict[str, float]:
+    """A run's cost on each clock."""
+    steps = [shape for shape in record["shapes"] if shape["kind"] == "train"]
+    charged = sum(one["seconds"] for one in record["charges"].values())
+    return {
+        "reference_seconds": sum(shape["count"] * prices[shape_name(shape)] for shape in steps) + charged,
+        "flops": float(record["flops"]),
+        "wall_seconds": record["wall_seconds"],
+    }
+
+
+def analyse(points: list[dict[str, Any]], headline: int, lengths: list[int]) -> tuple[dict[str, Any], list[Any]]:
+    """Savings on each clock: of the headline length, and of every length."""
+
+    def of(baseline: bool, steps: int, clock: str) -> list[tuple[float, float]]:
+        return [(p[clock], p["loss"]) for p in points if p["baseline"] == baseline and p["steps"] == steps]
+
+    by_length = []
+    for steps in lengths:
+        entry: dict[str, Any] = {"steps": steps}
+        for clock in CLOCKS:
+            frontier = {p["steps"]: of(True, p["steps"], clock) for p in points if p["baseline"]}
+            entry[clock] = asdict(saving(frontier, of(False, steps, clock)))
+        entry["loss"] = statistics.mean(loss for _, loss in of(False, steps, "flops"))
+        by_length.append(entry)
+    return next(e for e in by_length if e["steps"] == headline), by_length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted(PRESETS), nargs="?")
+    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every point (3)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "savings", help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument("--table", action="store_true", help="only write the README's tables from the stored results")
+    args = parser.parse_args()
+    if args.table:
+        import tables
+
+        return tables.update_readme(args.out)
+    if args.recipe is None:
+        parser.error(f"name a recipe: {', '.join(sorted(PRESETS))}")
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--seeds and --jobs must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run_sweep(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Tune, train, analyse, store, and bring the README up to date."""
+    import tables
+
+    from lit_scale.cost import write_json
+
+    console = Console()
+    preset = PRESETS[args.recipe][args.preset]
+    folder = args.runs / f"{args.recipe}.{args.preset}"
+    sweep = Sweep(args.recipe, args.preset, preset, folder, console, args.jobs or preset.jobs)
+    started = time.perf_counter()
+    rates, tried = tuned_rates(sweep)
+
+    def rate(steps: int) -> float:
+        return rates[min(rates, key=lambda tuned: abs(tuned - steps))]
+
+    seeds = range(1, args.seeds + 1)
+    runs = [Run(True, steps, rate(steps), seed) for steps in preset.baseline_steps for seed in seeds]
+    runs += [Run(False, steps, rate(steps), seed) for steps in preset.technique_steps for seed in seeds]
+    records = sweep.make_all(runs, "baseline and technique")
+    prices = pooled_prices(records.values())
+    points = [
+        {
+            "name": run.name,
+            "baseline": run.baseline,
+            "steps": run.steps,
+            "lr": run.lr,
+            "seed": run.seed,
+            "loss": record["metrics"][preset.metric],
+            "metrics": record["metrics"],
+            "unigram_entropy": record.get("unigram_entropy"),
+            **costs(record, prices),
+            "shapes": record["shapes"],
+            "charges": record["charges"],
+            "stages": record["stages"],
+        }
+        for run, record in sorted(records.items(), key=lambda item: item[0].name)
+    ]
+    headline, by_length = analyse(points, preset.technique_steps[0], preset.technique_steps)
+    first = next(iter(records.values()))
+    entropies = [p["unigram_entropy"] for p in points if p["unigram_entropy"] is not None]
+    result = {
+        "recipe": args.recipe,
+        "technique": next(r["technique"] for r in records.values()),
+        "preset": args.preset,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/savings.py", *sys.argv[1:]]),
+        "seeds": list(seeds),
+        "metric": preset.metric,
+        "saving": {clock: headline[clock] for clock in CLOCKS},
+        "headline_steps": headline["steps"],
+        "loss": headline["loss"],
+        "unigram_entropy": statistics.mean(entropies) if entropies else None,
+        "by_length": by_length,
+        "tuning": tried,
+        "prices": {name: price for name, price in sorted(prices.items())},
+        "points": points,
+        "flags": preset.flags,
+        "parameters": first["parameters"],
+        "hparams": first["hparams"],
+        "hardware": first["hardware"],
+        "versions": first["versions"],
+        "jobs": sweep.jobs,
+        "sweep_seconds": time.perf_counter() - started,
+    }
+    path = args.out / f"{args.recipe}.{args.preset}.json"
+    write_json(path, result)
+    tables.plot_saving(result, path.with_suffix(".png"))
+    tables.update_readme(args.out)
+    report(result, console)
+    console.print(f"written: {path}, {path.with_suffix('.png')}, README.md", highlight=False)
+
+
+def report(result: dict[str, Any], console: Console) -> None:
+    """The sweep as a table: every point, then the savings."""
+    entropy = result["unigram_entropy"]
+    table = Table(title=f"{result['recipe']}, preset {result['preset']}: means over {len(result['seeds'])} seeds")
+    for name in ("run", "steps", "lr", "loss", "unigram", "reference s", "TFLOPs", "wall s"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for key in sorted({(not p["baseline"], p["steps"], p["lr"]) for p in result["points"]}):
+        own = [p for p in result["points"] if (not p["baseline"], p["steps"], p["lr"]) == key]
+        mean = {name: statistics.mean(p[name] for p in own) for name in ("loss", *CLOCKS)}
+        table.add_row(
+            "baseline" if own[0]["baseline"] else result["technique"],
+            f"{own[0]['steps']:,}",
+            f"{own[0]['lr']:g}",
+            f"{mean['loss']:.3f}",
+            "-" if entropy is None else f"{entropy:.3f}",
+            f"{mean['reference_seconds']:.0f}",
+            f"{mean['flops'] / 1e12:.1f}",
+            f"{mean['wall_seconds']:.0f}",
+        )
+    console.print(table)
+    for entry in result["by_length"]:
+        for clock in CLOCKS:
+            console.print(f"{entry['steps']} steps, {clock}: {describe(Saving(**entry[clock]))}", highlight=False)
+
+
+def describe(one: Saving) -> str:
+    """A saving in words."""
+    if one.estimate is None:
+        return f"no saving can be told: {one.reason}"
+    if one.low is None or one.high is None:
+        return f"{one.estimate:.0%} saved, no interval: {one.reason}"
+    return f"{one.estimate:.0%} saved at equal loss, 95% interval {one.low:.0%} to {one.high:.0%}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The README's tables and the plots, made from the stored results and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def stored(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Results in a folder: savings are told by their ``saving``, other benchmarks by their file's stem."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if kind == "saving" and "saving" in result or path.name.startswith(f"{kind}."):
+            results.append(result)
+    return results
+
+
+def percent(one: dict[str, Any]) -> str:
+    """A saving with its interval, or that there is none."""
+    if one["estimate"] is None:
+        return "none told"
+    if one["low"] is None:
+        return f"{one['estimate']:.0%} (no interval)"
+    return f"**{one['estimate']:.0%}** ({one['low']:.0%} to {one['high']:.0%})"
+
+
+def savings_table(results: list[dict[str, Any]]) -> str:
+    """A row per technique and preset: savings at equal loss on each clock."""
+    lines = [
+        "| technique | recipe | saved reference time | saved FLOPs | saved wall time | loss (unigram) | measured on |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        entropy = "" if r["unigram_entropy"] is None else f" ({r['unigram_entropy']:.2f})"
+        machine = (r["hardware"]["gpus"] or [f"{r['hardware']['cpu']}, {r['hardware']['threads']} thread a run"])[0]
+        title = r["technique"].replace("_", " ")
+        cells = [
+            f"[{title}](docs/{r['technique']}.md)",
+            f"[`{r['recipe']}`](recipes/{r['recipe']}.py), {r['preset']}",
+            *(percent(r["saving"][clock]) for clock in ("reference_seconds", "flops", "wall_seconds")),
+            f"{r['loss']:.3f}{entropy}",
+            f"{machine}, {len(r['seeds'])} seeds, {r['date']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def points_table(result: dict[str, Any]) -> str:
+    """Every point of a sweep, as means over its seeds, and the saving of each length of the technique."""
+    lines = [
+        "| run | steps | rate | loss (unigram) | reference s | TFLOPs | wall s | saved reference time at equal loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    entropy = "" if result["unigram_entropy"] is None else f" ({result['unigram_entropy']:.3f})"
+    savings = {entry["steps"]: percent(entry["reference_seconds"]) for entry in result["by_length"]}
+    for baseline, steps in sorted(
+        {(p["baseline"], p["steps"]) for p in result["points"]}, key=lambda k: (not k[0], k[1])
+    ):
+        own = [p for p in result["points"] if (p["baseline"], p["steps"]) == (baseline, steps)]
+        mean = {n: statistics.mean(p[n] for p in own) for n in ("loss", "reference_seconds", "flops", "wall_seconds")}
+        lines.append(
+            f"| {'baseline' if baseline else result['technique'].replace('_', ' ')} | {steps:,} | {own[0]['lr']:g} "
+            f"| {mean['loss']:.3f}{entropy} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
+            f"| {mean['wall_seconds']:.0f} | {'' if baseline else savings[steps]} |"
+        )
+    tuning = ", ".join(f"{one['lr']:g}: {one['loss']:.3f}" for one in result["tuning"])
+    lengths = sorted({one["steps"] for one in result["tuning"]})
+    lines += ["", f"Baseline's rate, tuned at {' and '.join(map(str, lengths))} steps (rate: loss): {tuning}."]
+    return "\n".join(lines)
+
+
+def throughput_lines(results: list[dict[str, Any]]) -> str:
+    """How our training step compares with its peers."""
+    lines = ["| step of `BertMLM` against | size | time ratio (below 1: ours is faster) |", "|---|---|---|"]
+    for result in results:
+        for size in result["sizes"]:
+            for peer, ratio in size["ratios"].items():
+                interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+                lines.append(f"| {peer} | {size['name']} | {ratio['estimate']:.2f} ({interval}) |")
+    return "\n".join(lines)
+
+
+def overhead_line(results: list[dict[str, Any]]) -> str:
+    """What the idle clock costs."""
+    return "\n".join(f"An idle `CostMeter` costs {result['meter_share']:.2%} of a training step." for result in results)
+
+
+def plot_saving(result: dict[str, Any], path: Path) -> None:
+    """Loss over cost on each clock: the baseline's frontier, the technique's runs, and the saving between them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3, sharey=True)
+    clocks = {"reference_seconds": "reference seconds", "flops": "FLOPs", "wall_seconds": "wall seconds"}
+    for axis, (clock, label) in zip(axes, clocks.items(), strict=True):
+        for baseline, color, name in ((True, "tab:grey", "baseline"), (False, "tab:blue", result["technique"])):
+            own = [p for p in result["points"] if p["baseline"] == baseline]
+            axis.scatter([p[clock] for p in own], [p["loss"] for p in own], color=color, s=12)
+            means = [
+                [statistics.mean(p[key] for p in own if p["steps"] == steps) for key in (clock, "loss")]
+                for steps in sorted({p["steps"] for p in own})
+            ]
+            axis.plot(*zip(*means, strict=True), color=color, label=name.replace("_", " "))
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.set_title(percent(result["saving"][clock]).replace("*", "") + " saved", fontsize=9)
+        axis.grid(alpha=0.3, which="both")
+    if result["unigram_entropy"] is not None:
+        axes[0].axhline(result["unigram_entropy"], color="black", linestyle=":", label="unigram entropy")
+    axes[0].set_ylabel(result["metric"])
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def update(text: str, name: str, body: str) -> str:
+    """``text`` with what stands between the marks of ``name`` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    if not found:
+        return text
+    return f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
+
+
+def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = ROOT / "docs") -> None:
+    """Write the generated parts of the README and of the method cards anew."""
+    if readme.exists():
+        readme.write_text(render(readme.read_text(), folder))
+    for result in stored(folder, "saving"):
+        card = docs / f"{result['technique']}.md"
+        if card.exists():
+            card.write_text(update(card.read_text(), f"points.{result['preset']}", points_table(result)))
+
+
+def render(text: str, folder: Path) -> str:
+    """The README with its generated parts as the stored results in ``folder`` have them."""
+    text = update(text, "savings", savings_table(stored(folder, "saving")))
+    text = update(text, "throughput", throughput_lines(stored(folder, "throughput")))
+    return update(text, "overhead", overhead_line(stored(folder, "overhead")))

@@ -1,0 +1,28 @@
+"""BERT with progressive stacking (Gong et al., ICML 2019): a quarter of the depth first, then half, then all of it.
+
+    python recipes/bert_progressive_stack.py                        # the technique, on Python's own sources
+    python recipes/bert_progressive_stack.py --compare              # and the same run without it, side by side
+    python recipes/bert_progressive_stack.py --data.corpus my_text/ --model.depth 12 --trainer.max_steps 20000
+"""
+
+from lit_scale.callbacks import ProgressiveStacking
+from lit_scale.cli import run_recipe
+from lit_scale.datamodules import TextDataModule
+from lit_scale.models import BertMLM
+
+if __name__ == "__main__":
+    run_recipe(
+        BertMLM,
+        TextDataModule,
+        technique=ProgressiveStacking,
+        defaults={
+            "trainer.max_steps": 600,
+            "model.depth": 8,
+            "model.width": 128,
+            "model.num_heads": 4,
+            "model.positions": "rotary",
+            "model.lr": 2e-3,
+            "data.sequence_length": 64,
+            "data.batch_size": 16,
+        },
+    )
