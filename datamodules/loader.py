@@ -212,8 +212,7 @@ class ResumableLoader(DataLoader[Any]):
         """The batches of an epoch but for the first ones."""
         if not isinstance(self.sampler, EpochSampler):
             return itertools.islice(super().__iter__(), done, None)
-        assert self.batch_size is not None
-        self.sampler.epoch, self.sampler.start = epoch, done * self.batch_size
+        self.sampler.epoch, self.sampler.start = epoch, done * (self.batch_size or 1)
         # From this generator come the seeds of the workers, for datasets that use global generators after all.
         self.generator.manual_seed(derive_seed(self.seed, epoch, "workers", self.sampler.rank))
         return super().__iter__()

@@ -84,8 +84,9 @@ def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
         library = Path(sysconfig.get_paths()["stdlib"])
         found = _files_below(library, ".py", {"site-packages", *_TESTS})
     for entry in [corpus] if isinstance(corpus, str) else corpus or []:
-        path = Path(entry or "no name").expanduser()  # "" would be the current folder
-        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+        entry = os.path.expanduser(entry)
+        path = Path(entry)  # of "" it would be the current folder
+        matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(entry, recursive=True)]
         if not matches:
             raise ValueError(f"corpus={entry!r} matches no file: give text files, folders of them, or globs")
         for match in matches:

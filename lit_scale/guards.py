@@ -246,9 +246,8 @@ class PreemptionGuard(Callback):
         ends_run = self._steps == trainer.max_steps or (ends_epoch and trainer.current_epoch + 1 == trainer.max_epochs)
         leaving = not ends_run and (self._spare is not None or not (validates or ends_epoch))
         if leaving:
-            pl_module.on_train_batch_end(
-                outputs, batch, batch_idx
-            )  # next in Lightning's order, and not called at resume
+            # Lightning would call this next, and does not make up for it at resume
+            pl_module.on_train_batch_end(outputs, batch, batch_idx)
         folder = self.dirpath or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         path = trainer.strategy.broadcast(os.path.join(str(folder), f"preempted-step={self._steps}.ckpt"))
         trainer.save_checkpoint(path, weights_only=False)

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 __all__ = ["MomentRule", "create_optimizer", "transfer_state"]
 
@@ -50,6 +51,10 @@ def create_optimizer(
 def _counts_per_group(optimizer: Optimizer) -> bool:
     """Whether the step counter lives in the groups (timm's LAMB) instead of beside the moments."""
     return any("step" in group for group in optimizer.param_groups)
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _zeroed(value: Any) -> Any:
@@ -98,7 +103,7 @@ def transfer_state(
             state = optimizer.state.get(source)
             if not state:
                 continue
-            clone = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+            clone = tree_map(_cloned, dict(state))
             if rule == "copy_step0" and "step" in clone:
                 clone["step"] = _zeroed(clone["step"])
             optimizer.state[target] = clone

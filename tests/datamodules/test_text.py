@@ -362,7 +362,7 @@ def test_two_processes_at_the_same_time(run_python: RunPython, tiny_corpus: Path
         for _ in range(2):
             if not (child := os.fork()):
                 time.sleep(start - time.time())
-                for repeat in range(20):
+                for repeat in range(8):
                     data = TextDataModule(corpus, "bpe", 300 + repeat, cache_dir=cache)
                     data.prepare_data()
                     data.setup("fit")
@@ -373,7 +373,7 @@ def test_two_processes_at_the_same_time(run_python: RunPython, tiny_corpus: Path
     """
     assert run_python(script, tiny_corpus, tmp_path / "cache").returncode == 0
     assert not list((tmp_path / "cache").rglob("*.tmp"))
-    assert len(list((tmp_path / "cache").rglob("*.json"))) == 40  # an index and a tokenizer each
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 16  # an index and a tokenizer each
 
 
 def test_cache_folder_from_the_environment(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,11 +413,11 @@ def test_standard_library_is_fast(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bpe_of_the_standard_library_is_fast(tmp_path: Path) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads, so that other work on the machine does not count
     data = TextDataModule(tokenizer="bpe", cache_dir=str(tmp_path))
     data.prepare_data()
     data.setup("fit")
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     for path in (Path(json.__file__), Path(doctest.__file__)):
         assert data.decode(data.encode(path.read_text())) == path.read_text()
     assert len(data.encode(Path(doctest.__file__).read_text())) < path.stat().st_size / 3
@@ -479,6 +479,7 @@ def test_resumes_exactly(build: Build, checkpoint: Callable[..., Path], workers:
     assert per_epoch < 8
     for steps in (2, per_epoch, per_epoch + 1):
         path = checkpoint(steps, batch_size=64, sequence_length=128)
+        assert torch.load(path, weights_only=True)["TextDataModule"]["position"]["length"] == per_epoch
         resumed = Recorder()
         quiet_trainer(max_steps=10).fit(resumed, new(), ckpt_path=path)
         assert equal(resumed.seen, full.seen[steps:])
@@ -500,6 +501,15 @@ def test_resumes_epochs_of_limited_length(build: Build, tmp_path: Path) -> None:
             resumed, build(setup=False), ckpt_path=tmp_path / f"{epoch}.ckpt"
         )
         assert equal(resumed.seen, full.seen[4 * epoch + 4 :])
+
+
+def test_overfitting_takes_the_first_batches(build: Build) -> None:
+    seen = Recorder()
+    data = build(setup=False)
+    with pytest.warns(UserWarning, match="overfit"):
+        quiet_trainer(max_epochs=2, overfit_batches=2).fit(seen, data)
+    expected = [data.train_set.__getitems__(range(8 * number, 8 * number + 8)) for number in (0, 1)]
+    assert equal(seen.seen, expected * 2)
 
 
 def test_another_trainer_starts_afresh(build: Build) -> None:

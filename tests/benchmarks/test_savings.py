@@ -1,0 +1,126 @@
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import savings
+import tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def shape(plain, seconds, count, **technique):
+    common = {"kind": "train", "samples": 4, "tokens": 64, "update": True, "plain": plain, "batch": "4x16"}
+    return common | technique | {"count": count, "flops_each": 1, "seconds_each": seconds, "price": "replay"}
+
+
+def record(*shapes, charges=0.0):
+    return {
+        "shapes": list(shapes),
+        "charges": {"growth": {"count": 1, "seconds": charges}},
+        "flops": 5,
+        "wall_seconds": 7.0,
+    }
+
+
+def test_plain_steps_have_one_price_on_both_sides_and_others_their_own():
+    baseline = [record(shape(True, seconds, 10)) for seconds in (0.9, 1.0, 5.0)]
+    technique = [record(shape(False, 0.2, 5, blocks=2), shape(True, seconds, 5, blocks=8)) for seconds in (1.1, 1.2)]
+    prices = savings.pooled_prices([*baseline, *technique])
+    assert sorted(prices.values()) == [0.2, 1.1]  # the median of 0.9, 1.0, 1.1, 1.2, 5.0: one slow run decides nothing
+    assert savings.costs(baseline[2], prices)["reference_seconds"] == pytest.approx(11.0)
+    assert savings.costs(technique[0], prices)["reference_seconds"] == pytest.approx(5 * 0.2 + 5 * 1.1)
+
+
+def test_charges_count_and_validation_does_not():
+    validation = shape(True, 100.0, 3) | {"kind": "validate"}
+    one = record(shape(True, 1.0, 10), validation, charges=2.5)
+    assert savings.costs(one, savings.pooled_prices([one]))["reference_seconds"] == pytest.approx(12.5)
+
+
+def test_the_readme_and_the_cards_say_what_is_stored():
+    """Every generated table is exactly what the stored results give; no figure is typed by hand."""
+    results = ROOT / "benchmarks" / "results"
+    readme = (ROOT / "README.md").read_text()
+    assert tables.render(readme, results) == readme
+    for result in tables.stored(results, "saving"):
+        card = (ROOT / "docs" / f"{result['technique']}.md").read_text()
+        assert tables.points_table(result) in card
+
+
+def test_readme_names_every_recipe_and_technique_with_results():
+    readme = (ROOT / "README.md").read_text()
+    for recipe in (ROOT / "recipes").glob("*.py"):
+        assert recipe.name in readme
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if "saving" in json.loads(path.read_text()):
+            assert f"docs/{json.loads(path.read_text())['technique']}.md" in readme
+
+
+def test_stored_savings_follow_from_their_own_points():
+    """Recomputed from counts, prices and losses of every run, the stored saving comes out again."""
+    for result in tables.stored(ROOT / "benchmarks" / "results", "saving"):
+        for point in result["points"]:
+            again = savings.costs(point | {"wall_seconds": point["wall_seconds"]}, result["prices"])
+            for clock in savings.CLOCKS:
+                assert again[clock] == pytest.approx(point[clock])
+        lengths = [entry["steps"] for entry in result["by_length"]]
+        headline, by_length = savings.analyse(result["points"], result["headline_steps"], lengths)
+        assert by_length == result["by_length"]
+        assert {clock: headline[clock] for clock in savings.CLOCKS} == result["saving"]
+
+
+@pytest.mark.parametrize("argument", ["--seeds=0", "--jobs=0", "--preset=tpu", "no_such_recipe"])
+def test_bad_arguments_are_refused_with_usage(argument, monkeypatch, capsys):
+    recipe = [] if argument == "no_such_recipe" else ["bert_progressive_stack"]
+    monkeypatch.setattr(sys, "argv", ["savings.py", *recipe, argument])
+    with pytest.raises(SystemExit) as stopped:
+        savings.main()
+    assert stopped.value.code == 2
+    assert re.search(argument.strip("-").split("=")[0].replace("no_such_recipe", "recipe"), capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
+    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
+    preset = replace(
+        savings.PRESETS["bert_progressive_stack"]["cpu"],
+        flags=[
+            f"--data.corpus={tiny_corpus}",
+            "--data.sequence_length=16",
+            "--data.batch_size=4",
+            "--data.max_val_sequences=32",
+            "--model.depth=4",
+            "--model.width=16",
+            "--model.num_heads=2",
+        ],
+        lrs=[3e-3],
+        tune_steps=[8],
+        baseline_steps=[8, 40],
+        technique_steps=[16],
+        jobs=2,
+    )
+    monkeypatch.setitem(savings.PRESETS["bert_progressive_stack"], "cpu", preset)
+    monkeypatch.setattr(tables, "update_readme", lambda folder: None)
+    out = tmp_path / "out"
+    command = ["savings.py", "bert_progressive_stack", "--seeds=2", f"--runs={tmp_path / 'runs'}", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", command)
+    savings.main()
+    stored = json.loads((out / "bert_progressive_stack.cpu.json").read_text())
+    assert (out / "bert_progressive_stack.cpu.png").stat().st_size > 10_000
+    assert len(stored["points"]) == 6
+    assert set(stored["saving"]) == set(savings.CLOCKS)
+    assert all(point["reference_seconds"] > 0 and point["flops"] > 0 for point in stored["points"])
+
+    # again with one run missing: only that one is made
+    runs = sorted((tmp_path / "runs" / "bert_progressive_stack.cpu").iterdir())
+    times = {run: (run / "result.json").stat().st_mtime_ns for run in runs}
+    missing = next(run for run in runs if run.name.startswith("technique"))
+    (missing / "result.json").unlink()
+    savings.main()
+    remade = [run for run in runs if (run / "result.json").stat().st_mtime_ns != times[run]]
+    assert remade == [missing]
+    again = json.loads((out / "bert_progressive_stack.cpu.json").read_text())
+    assert [p["loss"] for p in again["points"]] == [p["loss"] for p in stored["points"]]  # and to the last bit
