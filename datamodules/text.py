@@ -318,7 +318,9 @@ class TextDataModule(LightningDataModule):
         max_val_sequences: Validate on a fixed random choice of so many sequences; None validates on all.
         mask_rate: Share of the positions to predict, in [0, 1); BERT's is 0.15. 0 leaves the text as it is, for
             causal models.
-        seed: Of split, order and masks.
+        seed: Of the training data's order and masks.
+        split_seed: Of split and validation masks; apart from ``seed``, so that runs of several seeds are validated on
+            the same data and share the cache.
         num_workers: Processes that make the batches; 0 makes them in the main one, which is fast enough for most.
         cache_dir: Folder for tokens and tokenizers; None is $LIT_SCALE_CACHE, or ~/.cache/lit_scale.
 
@@ -345,6 +347,7 @@ class TextDataModule(LightningDataModule):
         max_val_sequences: int | None = 2048,
         mask_rate: float = 0.15,
         seed: int = 0,
+        split_seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
@@ -377,6 +380,7 @@ class TextDataModule(LightningDataModule):
         self.max_val_sequences = max_val_sequences
         self.mask_rate = mask_rate
         self.seed = seed
+        self.split_seed = split_seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir or os.environ.get("LIT_SCALE_CACHE") or "~/.cache/lit_scale").expanduser()
         self._files: dict[str, Path] | None = None  # train, validation and, for a BPE, tokenizer
@@ -415,7 +419,7 @@ class TextDataModule(LightningDataModule):
         """Find the tokens in the cache, or make them."""
         documents = read_documents(self.corpus)
         self._corpus_hash = _digest("".join(documents).encode())
-        settings: list[Any] = [_FORMAT, self._corpus_hash, self.seed, self.val_fraction, self.tokenizer]
+        settings: list[Any] = [_FORMAT, self._corpus_hash, self.split_seed, self.val_fraction, self.tokenizer]
         names = ["train", "validation"]
         if self.tokenizer == "bpe":
             settings += [self.vocab_size, importlib.metadata.version("tokenizers")]
@@ -435,7 +439,7 @@ class TextDataModule(LightningDataModule):
 
     def _tokenize(self, documents: dict[str, bytes]) -> dict[str, bytes]:
         """Split and encode the documents; file contents by name."""
-        train, validation = split_documents(documents, self.val_fraction, self.seed)
+        train, validation = split_documents(documents, self.val_fraction, self.split_seed)
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         contents: dict[str, bytes] = {}
         if self.tokenizer == "bpe":
@@ -459,10 +463,10 @@ class TextDataModule(LightningDataModule):
                 vocab_size=self.vocab_size,
                 mask_id=self.mask_id,
                 special_ids=self.special_ids,
-                seed=self.seed,
             )
-        self.train_set = _Sequences(self._files["train"], self.sequence_length, mask=mask, epochwise=True)
-        self.validation_set = _Sequences(self._files["validation"], self.sequence_length, mask=mask)
+        masks = [mask and partial(mask, seed=seed) for seed in (self.seed, self.split_seed)]
+        self.train_set = _Sequences(self._files["train"], self.sequence_length, mask=masks[0], epochwise=True)
+        self.validation_set = _Sequences(self._files["validation"], self.sequence_length, mask=masks[1])
         for name, found, needed, advice in (
             ("training", self.train_set, self.batch_size, "batch_size"),
             ("validation", self.validation_set, 1, "sequence_length, raise val_fraction"),
@@ -475,7 +479,7 @@ class TextDataModule(LightningDataModule):
                     f"({needed * self.sequence_length} tokens): give more text or lower {advice}"
                 )
         if self.max_val_sequences is not None and len(self.validation_set) > self.max_val_sequences:
-            chooser = torch.Generator().manual_seed(derive_seed(self.seed, "validation"))
+            chooser = torch.Generator().manual_seed(derive_seed(self.split_seed, "validation"))
             order = torch.randperm(len(self.validation_set), generator=chooser)
             self.validation_set.rows = order[: self.max_val_sequences].sort().values.numpy()
         self.__dict__.pop("unigram_entropy", None)
@@ -557,7 +561,7 @@ class TextDataModule(LightningDataModule):
         if self._files is None:
             return {}
         vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"
-        names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "mask_rate", "seed")
+        names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "mask_rate", "seed", "split_seed")
         settings = {
             "corpus": self._corpus_hash,
             "tokenizer": vocabulary,

@@ -11,51 +11,49 @@ section 3; theirs was a table made by hand).
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import resource
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import Metric
 
+from lit_scale.ledger import Key, Ledger
+from lit_scale.record import hardware, versions, write_json
+from lit_scale.replay import flops_of, is_compiled, replay_step, undone
 from lit_scale.technique import Technique, check_techniques
 
 __all__ = ["CostMeter", "charge", "hardware", "versions", "write_json"]
 
-Key = tuple[tuple[str, Any], ...]
-
-_COMMON = ("kind", "samples", "tokens", "update", "plain", "batch")  # of every shape; the rest comes from techniques
 _SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
-_WARM = 2  # first steps of a shape that are not timed: allocation, compilation
+_REPLAYED = 32  # shapes that are replayed, the most frequent ones; the others keep their in-run medians
 
 
 class CostMeter(Callback):
     """Counts steps by shape, prices the shapes, and writes ``result.json`` into the run's root folder.
 
-    The headline cost is that of training steps and of what techniques charge (growth, selection, recompiles);
-    validation is counted apart, and the replay at the end is not counted at all: weights, optimizer, random state and
-    metrics are put back bit for bit. In runs of several processes, or where a step cannot be replayed, the price of a
-    shape is the median of its timings during the run.
+    The headline cost is that of training steps and of what techniques charge (growth, recompiles); validation is
+    counted apart, and the replay at the end is not counted at all: weights, optimizer, random state and metrics are
+    put back bit for bit. Where a step cannot be replayed (several processes, manual optimization, a step that fails
+    out of its loop) the price of a shape is the median of its timings during the run.
+
+    With several processes steps are those of each rank; samples, tokens, FLOPs and the counts of shapes are sums over
+    the ranks, and reference seconds their mean, which is what the run takes. Resumed, every rank goes on from the
+    counts of rank 0.
 
     Args:
         recipe: Name of the recipe, for the record.
-        technique: Name of the technique, for the record.
+        technique: Name of the technique, for the record; metrics logged as ``technique/...`` are left out of it.
         baseline: Whether this run is the one without the technique.
         repeats: Timed rounds over all shapes; 0 keeps the in-run medians.
         filename: Name of the result file inside ``trainer.default_root_dir``.
@@ -86,22 +84,19 @@ class CostMeter(Callback):
             raise ValueError(f"repeats={repeats} must not be negative")
         self.recipe, self.technique, self.baseline = recipe, technique, baseline
         self.repeats, self.filename, self.extra = repeats, filename, extra or {}
-        self._counts: dict[Key, int] = {}
-        self._flops: dict[Key, int] = {}
-        self._timings: dict[Key, list[float]] = {}  # in-run seconds of a step
-        self._waits: dict[Key, list[float]] = {}  # in-run seconds of waiting for a batch
-        self._calibrated: dict[Key, float] = {}
-        self._charges: dict[str, list[float]] = {}
-        self._stages: list[dict[str, Any]] = []
-        self._curve: list[dict[str, Any]] = []
+        self.ledger = Ledger()
         self._spent = {"wall": 0.0, "cpu": 0.0}  # by earlier parts of a resumed run
-        self._batches: dict[Key, Any] = {}
         self._begun: dict[str, float] = {}
-        self._current: Key | None = None
-        self._start = self._end = 0.0
-        self._counter: FlopCounterMode | None = None
-        self._compiles = 0
         self._peak = 0
+        self._batches: dict[str, Any] = {}  # one of each shape, for the replay
+        self._replaying = False
+        # the step at work
+        self._current: Key | None = None
+        self._counting: ExitStack | None = None
+        self._timed = False
+        self._start = self._end = 0.0
+        self._aside = 0.0  # seconds charged since then: neither the step's nor its wait
+        self._compiles = 0
 
     # -- shapes -------------------------------------------------------------------------------------------------------
 
@@ -109,9 +104,9 @@ class CostMeter(Callback):
         """Samples and tokens of a batch; override for batches whose first tensor is neither ids nor samples.
 
         The samples are the first axis of the first tensor; the tokens, its elements if it holds integers in two axes
-        (token ids), else one per sample.
+        (token ids, padding included), else one per sample.
         """
-        first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+        first = next(_tensors(batch), None)
         if first is None or first.ndim == 0:
             return 0, 0
         is_ids = first.ndim == 2 and not first.is_floating_point()
@@ -120,12 +115,10 @@ class CostMeter(Callback):
     def _key(self, trainer: Trainer, kind: str, batch: Any, update: bool) -> Key:
         samples, tokens = self.samples_and_tokens(batch)
         key: list[tuple[str, Any]] = [("kind", kind), ("samples", samples), ("tokens", tokens), ("update", update)]
-        techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]  # type: ignore[attr-defined]
-        key.append(("plain", all(technique.is_plain() for technique in techniques)))
-        for technique in techniques:
-            key += technique.step_shape().items()
-        shapes = " ".join("x".join(map(str, leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        return (*key, ("batch", shapes))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Technique):
+                key += callback.step_shape().items()
+        return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in _tensors(batch))))
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
@@ -137,21 +130,20 @@ class CostMeter(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
-        self._begun = _clocks()
-        self._end = 0.0
+        self._begun, self._end = _clocks(), 0.0
+        self.ledger.forget_ranks()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the step under its shape; the first of a shape has its FLOPs counted too."""
-        update = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
-        key = self._key(trainer, "train", batch, update)
-        self._begin_stage(trainer, key)
-        self._begin(key, batch)
+        full = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        key = self._key(trainer, "train", batch, full or bool(trainer.is_last_batch))
+        if len(self._batches) < _REPLAYED:
+            self._batches.setdefault(dict(key)["batch"], batch)
+        self._begin(trainer, pl_module, key, batch)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's time while the shape is new."""
         self._finish()
 
@@ -161,155 +153,108 @@ class CostMeter(Callback):
         """Count forward-only steps apart."""
         self._end = 0.0  # the time since the last training step is no waiting for data
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._begin(self._key(trainer, "validate", batch, False), batch)
+            self._begin(trainer, pl_module, self._key(trainer, "validate", batch, False), batch)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's time while the shape is new."""
         self._finish()
         self._end = 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a point to the validation curve; after ``fit``, a ``validate`` completes the record."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        if trainer.sanity_checking or not self._counts:
+        after = trainer.state.fn == "validate" and not self._begun
+        if trainer.sanity_checking or not self.ledger.counts or not (after or trainer.state.fn == "fit"):
             return
-        step = trainer.global_step
-        if trainer.state.fn == "fit":
-            if self._stages:
-                self._stages[-1]["metrics"] = _validation(metrics)
-            self._add_point(step, metrics)
-        elif trainer.state.fn == "validate" and not self._begun:
-            if not self._curve or self._curve[-1]["step"] != step:
-                self._add_point(step, metrics)
-            if self._stages:
-                self._stages[-1]["metrics"] = _validation(metrics)
+        hidden = ("train", f"{self.technique}/") if self.technique else ("train",)
+        logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        metrics = {name: float(value) for name, value in logged.items() if not name.startswith(hidden)}
+        clocks = {f"{name}_seconds": seconds for name, seconds in self._elapsed().items()}
+        self.ledger.add_point(trainer.global_step, metrics, clocks)
+        if after:
             self.write(trainer, pl_module)
 
-    def _add_point(self, step: int, metrics: dict[str, float]) -> None:
-        self._curve.append(
-            {
-                "step": step,
-                "counts": [[_plain(key), count] for key, count in self._counts.items()],
-                "charged_seconds": self.charged_seconds,
-                **{f"{name}_seconds": seconds for name, seconds in self._elapsed().items()},
-                "metrics": _validation(metrics),
-            }
-        )
-
-    def _begin_stage(self, trainer: Trainer, key: Key) -> None:
-        shape = {name: value for name, value in key if name not in _COMMON}
-        if not self._stages or self._stages[-1]["shape"] != shape:
-            self._stages.append({"shape": shape, "first_step": trainer.global_step, "counts": {}, "metrics": {}})
-        counts = self._stages[-1]["counts"]
-        counts[key] = counts.get(key, 0) + 1
-
-    def _begin(self, key: Key, batch: Any) -> None:
-        now = time.perf_counter()
-        self._counts[key] = self._counts.get(key, 0) + 1
-        self._current = key
-        if key not in self._flops:
-            self._batches[key] = batch
-            if _compiles() is not None:
-                torch.compiler.set_stance("force_eager")  # compiled code hides its operations from the counter
-            self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
-            return
-        self._batches.setdefault(key, batch)
-        timings = self._timings.setdefault(key, [])
-        if len(timings) < _SAMPLES:
-            if self._end and key[0][1] == "train":
-                self._waits.setdefault(key, []).append(now - self._end)
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, key: Key, batch: Any) -> None:
+        wait = time.perf_counter() - self._end - self._aside if self._end else None
+        kind, ledger = dict(key)["kind"], self.ledger
+        ledger.count(key, trainer.global_step)
+        self._current, self._compiles = key, _compiles()
+        if key not in ledger.flops:
+            if not is_compiled(pl_module):
+                self._count_flops(key)
+                return
+            ledger.flops[key] = flops_of(trainer, pl_module, batch, kind)
+        timings = ledger.timings.setdefault(key, [])
+        self._timed = len(timings) < _SAMPLES
+        if self._timed:
+            if wait is not None and kind == "train":
+                ledger.waits.setdefault(key, []).append(max(0.0, wait))
             _synchronize()
-            self._start = time.perf_counter()
-        self._compiles = _compiles() or 0
+        self._aside = 0.0
+        self._start = time.perf_counter()
+
+    def _count_flops(self, key: Key) -> None:
+        """Count those of the step that begins now."""
+        self._counting = ExitStack()
+        if "torch._dynamo" in sys.modules:  # functions may be compiled, which would hide their operations
+            self._counting.enter_context(torch.compiler.set_stance("force_eager"))
+        counter = self._counting.enter_context(FlopCounterMode(display=False))
+        self._counting.callback(lambda: self.ledger.flops.update({key: int(counter.get_total_flops())}))
 
     def _finish(self) -> None:
         key, self._current = self._current, None
         if key is None:
             return
-        if self._counter is not None:
-            self._stop_counting(key)
-        elif self._start:
+        compiled = _compiles() > self._compiles
+        if self._counting is not None:
+            self._counting.close()
+            self._counting = None
+        elif self._timed or compiled:
             _synchronize()
-            seconds = time.perf_counter() - self._start
-            if (_compiles() or 0) > self._compiles:  # a recompile: charge it, whatever its length
-                self._charges.setdefault("recompile", []).append(seconds)
-            else:
-                self._timings[key].append(seconds)
-        elif (_compiles() or 0) > self._compiles:
-            self._charges.setdefault("recompile", []).append(0.0)
-        self._start = 0.0
-        self._end = time.perf_counter()
-
-    def _stop_counting(self, key: Key | None = None) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            if key is not None:
-                self._flops[key] = self._counter.get_total_flops()
-            if _compiles() is not None:
-                torch.compiler.set_stance("default")
-            self._counter = None
+            seconds = time.perf_counter() - self._start - self._aside
+            if not compiled:
+                self.ledger.timings[key].append(seconds)
+            elif dict(key)["kind"] == "train":
+                self.ledger.charge("recompile", seconds)
+        self._end, self._aside = time.perf_counter(), 0.0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no counting mode behind."""
-        self._stop_counting()
+        if self._counting is not None:
+            self._counting.close()
+            self._counting = None
 
     # -- pricing ------------------------------------------------------------------------------------------------------
 
-    @property
-    def charged_seconds(self) -> float:
-        """Seconds that techniques and recompiles have been charged so far."""
-        return sum(map(sum, self._charges.values()))
+    def charge(self, what: str, seconds: float) -> None:
+        """Add to the overheads of the run, as :func:`charge` does."""
+        self._aside += seconds
+        if not self._replaying:
+            self.ledger.charge(what, seconds)
 
-    def seconds_each(self, key: Key) -> float:
-        """Price of one step of a shape: calibrated, else the in-run median; plus the median wait for its batch."""
-        timings = self._timings.get(key, [])
-        timed = timings[_WARM:] or timings
-        step = self._calibrated.get(key) or (statistics.median(timed) if timed else 0.0)
-        waits = self._waits.get(key, [])
-        return step + (statistics.median(waits) if waits else 0.0)
-
-    def _price(self, counts: dict[Key, int], kind: str = "train") -> dict[str, float]:
-        """Sums over the shapes of one kind of step; overheads not included."""
-        own = {key: n for key, n in counts.items() if dict(key)["kind"] == kind}
-        return {
-            "steps": sum(n for key, n in own.items() if dict(key)["update"]),
-            "samples": sum(n * dict(key)["samples"] for key, n in own.items()),
-            "tokens": sum(n * dict(key)["tokens"] for key, n in own.items()),
-            "flops": sum(n * self._flops.get(key, 0) for key, n in own.items()),
-            "reference_seconds": sum(n * self.seconds_each(key) for key, n in own.items()),
-        }
-
-    def totals(self) -> dict[str, float]:
+    def totals(self) -> dict[str, Any]:
         """Steps, samples, tokens, FLOPs and reference seconds of the run so far, overheads included."""
-        totals = self._price(self._counts)
-        return totals | {"reference_seconds": totals["reference_seconds"] + self.charged_seconds}
+        return self.ledger.totals()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clocks, price the shapes by replay, write the record."""
         self._spent, self._begun = self._elapsed(), {}
         self._peak = max(self._peak, _peak_memory())
-        if self.repeats and trainer.world_size == 1 and pl_module.automatic_optimization:
+        if trainer.world_size > 1:
+            self.ledger.exchange(trainer)
+        elif self.repeats and self._batches and pl_module.automatic_optimization:
             self._calibrate(trainer, pl_module)
         self._batches = {}
         self.write(trainer, pl_module)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        by_batch = {dict(key)["batch"]: batch for key, batch in self._batches.items()}
-        keys = [key for key in self._counts if dict(key)["kind"] == "train" and dict(key)["batch"] in by_batch]
         techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]  # type: ignore[attr-defined]
-        now = [technique.step_shape() for technique in techniques]
+        frequent = sorted(self.ledger.counts, key=lambda key: -self.ledger.counts[key])
+        keys = [k for k in frequent if dict(k)["kind"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
         times: dict[Key, list[float]] = {key: [] for key in keys}
+        self._replaying = True
         try:
-            with _unchanged(trainer, pl_module):
+            now = [technique.step_shape() for technique in techniques]
+            with undone(trainer, pl_module):
                 try:
                     for round_ in range(self.repeats + 1):
                         for key in keys[round_ % len(keys) :] + keys[: round_ % len(keys)]:
@@ -317,45 +262,35 @@ class CostMeter(Callback):
                             for technique in techniques:
                                 technique.impose_shape(trainer, pl_module, shape)
                             _synchronize()
-                            start = time.perf_counter()
-                            _replay(trainer, pl_module, by_batch[shape["batch"]], shape["update"])
+                            start, self._aside = time.perf_counter(), 0.0
+                            replay_step(trainer, pl_module, self._batches[shape["batch"]], shape["update"])
                             _synchronize()
                             if round_:  # the first round warms up
-                                times[key].append(time.perf_counter() - start)
+                                times[key].append(time.perf_counter() - start - self._aside)
                 finally:
                     for technique, shape in zip(techniques, now, strict=True):
                         technique.impose_shape(trainer, pl_module, shape)
         except Exception as error:  # a trained model must not be lost to a measurement
             rank_zero_warn(f"CostMeter could not replay a step ({error}); prices are medians of the run's own timings")
             return
-        self._calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
+        finally:
+            self._replaying = False
+        self.ledger.calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
 
     # -- state and record ---------------------------------------------------------------------------------------------
 
     def _elapsed(self) -> dict[str, float]:
-        now = _clocks()
-        return {name: spent + (now[name] - self._begun[name] if self._begun else 0.0) for name, spent in self._spent.items()}
+        """Wall and CPU seconds of training, in this process and those before it."""
+        now = _clocks() if self._begun else {}
+        return {name: spent + (now[name] - self._begun[name] if now else 0.0) for name, spent in self._spent.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, prices, charges, stages, curve and clocks so far."""
-        return {
-            "counts": list(self._counts.items()),
-            "flops": list(self._flops.items()),
-            "timings": list(self._timings.items()),
-            "waits": list(self._waits.items()),
-            "charges": self._charges,
-            "stages": [stage | {"counts": list(stage["counts"].items())} for stage in self._stages],
-            "curve": self._curve,
-            "spent": self._elapsed(),
-            "peak": max(self._peak, _peak_memory()),
-        }
+        return self.ledger.state_dict() | {"spent": self._elapsed(), "peak": max(self._peak, _peak_memory())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
-        self._counts, self._flops = dict(state_dict["counts"]), dict(state_dict["flops"])
-        self._timings, self._waits = dict(state_dict["timings"]), dict(state_dict["waits"])
-        self._charges, self._curve = dict(state_dict["charges"]), list(state_dict["curve"])
-        self._stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
+        self.ledger.load_state_dict(state_dict)
         self._spent, self._peak = dict(state_dict["spent"]), state_dict["peak"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -364,36 +299,16 @@ class CostMeter(Callback):
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Everything about the run, as plain values."""
-        metrics = self._curve[-1]["metrics"] if self._curve else {}
-        curve = []
-        for point in self._curve:
-            cost = self._price({_key(shape): n for shape, n in point["counts"]})
-            cost["reference_seconds"] += point["charged_seconds"]
-            curve.append({k: v for k, v in point.items() if k not in ("counts", "charged_seconds")} | cost)
+        seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "recipe": self.recipe,
             "technique": self.technique,
             "baseline": self.baseline,
-            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            **self.totals(),
-            "wall_seconds": self._elapsed()["wall"],
-            "cpu_seconds": self._elapsed()["cpu"],
+            "seed": None if seed is None else int(seed),
+            **self.ledger.record(),
+            **{f"{name}_seconds": seconds for name, seconds in self._elapsed().items()},
             "peak_memory_bytes": self._peak,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
-            "metrics": metrics,
-            "curve": curve,
-            "stages": [
-                stage["shape"] | self._price(stage["counts"]) | {"first_step": stage["first_step"], "metrics": stage["metrics"]}
-                for stage in self._stages
-            ],
-            "shapes": [
-                dict(key)
-                | {"count": n, "flops_each": self._flops.get(key, 0), "seconds_each": self.seconds_each(key)}
-                | {"price": "replay" if key in self._calibrated else "run"}
-                for key, n in self._counts.items()
-            ],
-            "charges": {name: {"count": len(all_), "seconds": sum(all_)} for name, all_ in self._charges.items()},
-            "validation": self._price(self._counts, "validate"),
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
             "hparams": {k: v for k, v in pl_module.hparams.items() if isinstance(v, str | int | float | bool | None)},
@@ -412,7 +327,11 @@ class CostMeter(Callback):
 
 @contextmanager
 def charge(trainer: Trainer, what: str) -> Iterator[None]:
-    """Charge the time spent inside to the run's CostMeter, if it has one, under the name ``what``."""
+    """Charge the time spent inside to the run's CostMeter, if it has one, under the name ``what``.
+
+    For rare work, such as a growth: what every step does belongs to the step, whose price is calibrated. Time charged
+    inside a step is not counted again as the step's.
+    """
     meters = [c for c in trainer.callbacks if isinstance(c, CostMeter)]  # type: ignore[attr-defined]
     if meters:
         _synchronize()
@@ -420,77 +339,21 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
     yield
     for meter in meters:
         _synchronize()
-        meter._charges.setdefault(what, []).append(time.perf_counter() - start)
+        meter.charge(what, time.perf_counter() - start)
 
 
-def _replay(trainer: Trainer, pl_module: LightningModule, batch: Any, update: bool) -> None:
-    """One training step as Lightning's automatic optimization does it, outside of the loop."""
-    optimizer = trainer.optimizers[0]
-
-    def closure() -> Tensor:
-        output = trainer.strategy.training_step(batch, 0)
-        loss = (output["loss"] if isinstance(output, dict) else output) / trainer.accumulate_grad_batches
-        optimizer.zero_grad()
-        trainer.strategy.backward(loss, optimizer)
-        return loss
-
-    if update:
-        trainer.strategy.optimizer_step(optimizer, closure, pl_module)
-    else:
-        closure()
-
-
-@contextmanager
-def _unchanged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Put weights, optimizer, scaler, metrics, random state and logging back as they were."""
-
-    def keep(value: Any) -> Any:
-        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-    tensors = [*pl_module.parameters(), *pl_module.buffers()]
-    values = [keep(tensor) for tensor in tensors]
-    optimizers = [
-        (o, {p: {k: keep(v) for k, v in s.items()} for p, s in o.state.items()}, [dict(g) for g in o.param_groups])
-        for o in trainer.optimizers
-    ]
-    metrics = [(m, m._copy_state_dict(), m._update_count) for m in pl_module.modules() if isinstance(m, Metric)]
-    precision = trainer.precision_plugin.state_dict()
-    training = pl_module.training
-    silenced = {"log": _silent, "log_dict": _silent}
-    pl_module.__dict__.update(silenced)
-    try:
-        with isolate_rng(), torch.enable_grad():
-            pl_module.train()
-            yield
-    finally:
-        for name in silenced:
-            del pl_module.__dict__[name]
-        pl_module.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-        for optimizer, state, groups in optimizers:
-            for parameter in [p for p in optimizer.state if p not in state]:
-                del optimizer.state[parameter]
-            for parameter, kept in state.items():
-                own = optimizer.state[parameter]
-                for name, value in kept.items():
-                    if isinstance(value, Tensor):
-                        own[name].copy_(value)
-                    else:
-                        own[name] = value
-            for group, kept in zip(optimizer.param_groups, groups, strict=True):
-                group.update(kept)
-        for metric, state, updates in metrics:
-            for name, value in state.items():
-                setattr(metric, name, value)
-            metric._update_count = updates
-        trainer.precision_plugin.load_state_dict(precision)
-        pl_module.train(training)
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Stands in for ``LightningModule.log``, which refuses to work outside of the loop."""
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in order, whatever holds them."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+    elif is_dataclass(batch):
+        yield from _tensors(vars(batch))
 
 
 def _synchronize() -> None:
@@ -498,10 +361,10 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _compiles() -> int | None:
-    """How many frames Dynamo has compiled in this process; None while nobody has imported it."""
+def _compiles() -> int:
+    """How many frames Dynamo has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return None if dynamo is None else dynamo.counters["frames"]["ok"]
+    return 0 if dynamo is None else dynamo.counters["frames"]["ok"]
 
 
 def _clocks() -> dict[str, float]:
@@ -513,51 +376,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _plain(key: Key) -> dict[str, Any]:
-    return dict(key)
-
-
-def _key(shape: dict[str, Any]) -> Key:
-    return tuple(shape.items())
-
-
-def _validation(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("train")}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "lightning", "timm", "torchmetrics", "lit-scale"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """The machine a result was measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON beside ``path`` and move it there, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

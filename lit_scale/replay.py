@@ -42,8 +42,8 @@ def replay_step(trainer: Trainer, pl_module: LightningModule, batch: Any, update
     optimizer = trainer.optimizers[0]
 
     def closure() -> Tensor:
-        output = trainer.strategy.training_step(*_arguments(pl_module.training_step, batch))
-        loss = (output["loss"] if isinstance(output, dict) else output) / trainer.accumulate_grad_batches
+        output: Any = trainer.strategy.training_step(*_arguments(pl_module.training_step, batch))
+        loss: Tensor = (output["loss"] if isinstance(output, dict) else output) / trainer.accumulate_grad_batches
         optimizer.zero_grad()
         trainer.strategy.backward(loss, optimizer)
         return loss
@@ -61,7 +61,7 @@ def flops_of(trainer: Trainer, pl_module: LightningModule, batch: Any, kind: str
     not in it.
     """
     training = kind == "train"
-    step = pl_module.training_step if training else pl_module.validation_step
+    step: Any = pl_module.training_step if training else pl_module.validation_step
     precision = trainer.precision_plugin
     with ExitStack() as stack:
         stack.enter_context(_unseen(trainer, pl_module))
@@ -97,14 +97,14 @@ def _unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     random = isolate_rng()
     random.__enter__()
     try:
-        for module in logging:
-            module.__dict__.update(log=_silent, log_dict=_silent)
+        for logs in logging:
+            logs.__dict__.update(log=_silent, log_dict=_silent)
         trainer.loggers = [DummyLogger() for _ in loggers]
         yield
     finally:
         trainer.loggers = loggers
-        for module in logging:
-            del module.__dict__["log"], module.__dict__["log_dict"]
+        for logs in logging:
+            del logs.__dict__["log"], logs.__dict__["log_dict"]
         with torch.no_grad():
             for buffer, kept in buffers:
                 buffer.copy_(kept)

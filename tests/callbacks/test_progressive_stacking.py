@@ -1,6 +1,7 @@
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.callbacks.progressive_stacking import blocks_at_depth, growth_map
@@ -174,3 +176,131 @@ def test_growth_equals_building_a_deeper_network(
     expected = train_reference(name, endless(), accumulate=accumulate, clip=clip, dropout=dropout, **options)  # type: ignore[arg-type]
     assert same_tensors(module.state_dict(), expected.state_dict())
     assert type(module.get_submodule(blocks_of(module))).__name__ in {"ModuleList", "Sequential", "BlockList"}
+
+
+# ---- exact resume
+
+
+@dataclass
+class Run:
+    """What a run leaves behind, in a form that can be compared."""
+
+    weights: dict[str, Any]
+    averages: dict[str, Any]
+    optimizer: dict[str, Any]
+    rates: list[float]
+    metrics: dict[str, Any]
+    losses: list[float]
+    depths: list[tuple[int, int]]
+
+
+def train(
+    name: str,
+    root: Path,
+    *,
+    resume: Path | None = None,
+    save: Path | None = None,
+    stacking: dict[str, Any] | None = None,
+    ema: str | None = None,
+    step_seed: bool = True,
+    plain_loader: bool = False,
+    workers: int = 0,
+    size: int = 20,
+    **options: Any,
+) -> Run:
+    if resume is not None:
+        torch.manual_seed(12_345)  # a resumed process has another past
+    module = build(name, seed=1 if resume else 0)
+    recorder = Recorder(blocks_of(module))
+    callbacks: list[Callback] = [ProgressiveStacking(**({"stages": STAGES} | (stacking or {}))), recorder]
+    average = EMAWeightAveraging(decay=0.5)
+    if ema is not None:
+        callbacks.insert({"first": 0, "last": 1}[ema], average)
+    callbacks += [StepSeed()] * step_seed + [save_every_step(save)] * (save is not None)
+    limit = {} if "max_epochs" in options else {"max_steps": STEPS}
+    trainer = quiet_trainer(
+        root, callbacks=callbacks, enable_checkpointing=save is not None, val_check_interval=1, **(limit | options)
+    )
+    train_loader: Any = loader(name, size=size, num_workers=workers)
+    if plain_loader:
+        train_loader = DataLoader(train_loader.dataset, 4)
+    trainer.fit(module, train_loader, loader(name, size=4, shuffle=False), ckpt_path=resume)
+    assert trainer.global_step == STEPS
+    return Run(
+        weights=module.state_dict(),
+        averages=average._average_model.state_dict() if average._average_model is not None else {},
+        optimizer=trainer.optimizers[0].state_dict(),
+        rates=[group["lr"] for group in trainer.optimizers[0].param_groups],
+        metrics=dict(trainer.callback_metrics),
+        losses=recorder.losses,
+        depths=recorder.depths,
+    )
+
+
+def differences(one: Run, other: Run) -> list[str]:
+    """What of a whole run and its resumed end is not equal to the last bit."""
+    found = [what for what in ("weights", "averages") if not same_tensors(getattr(one, what), getattr(other, what))]
+    if not equal(one.optimizer, other.optimizer):
+        found.append("optimizer")
+    if one.rates != other.rates or not equal(one.metrics, other.metrics):
+        found.append("rates or metrics")
+    count = len(other.losses)
+    if one.losses[-count:] != other.losses or one.depths[-count:] != other.depths:
+        found.append("losses or depths")
+    return found
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def check_resume(name: str, root: Path, stops: Iterable[int] = range(1, STEPS), **options: Any) -> Run:
+    whole = train(name, root, save=root / "whole", **options)
+    for stop in stops:
+        resumed = train(name, root, resume=root / "whole" / f"step={stop}.ckpt", **options)
+        assert not differences(whole, resumed), f"resumed from step {stop}"
+        assert len(resumed.losses) < len(whole.losses)
+    return whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="growth at the end of an epoch"),
+        pytest.param({"max_epochs": 2, "size": 16}, id="limited by epochs"),
+        pytest.param({"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, id="accumulation and clipping"),
+        pytest.param({"ema": "first"}, id="average before"),
+        pytest.param({"ema": "last", "accumulate_grad_batches": 2}, id="average behind, accumulation"),
+        pytest.param({"stacking": {"rewarmup": 0.3, "freeze_old": True}}, id="re-warm-up, frozen"),
+        pytest.param({"stacking": {"growth": "interleave", "moments": "reset"}}, id="interleaved, reset"),
+        pytest.param({"stacking": {"moments": "copy_step0"}, "ema": "last"}, id="step 0"),
+        pytest.param({"workers": 2}, id="workers", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_from_any_step(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = check_resume("bert", tmp_path, **options)
+    assert sorted({depth for _, depth in whole.depths}) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_any_network_grows_and_resumes_exactly(name: str, tmp_path: Path) -> None:
+    whole = check_resume(name, tmp_path, stops=(1, 2, 3, 5, 6))  # before, at and after a growth; at an epoch's end
+    assert whole.depths == [(step + 1, 1 if step < 2 else 2 if step < 5 else 4) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("options", [{"step_seed": False}, {"plain_loader": True}], ids=["no StepSeed", "plain loader"])
+def test_without_the_parts_that_make_it_exact_a_resumed_run_differs(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    train("bert", tmp_path, save=tmp_path / "whole", **options)
+    torch.manual_seed(0)
+    whole = train("bert", tmp_path, **options)
+    torch.manual_seed(0)
+    assert not differences(whole, train("bert", tmp_path, **options))  # the run itself repeats
+    resumed = train("bert", tmp_path, resume=tmp_path / "whole" / "step=3.ckpt", **options)
+    assert "weights" in differences(whole, resumed)

@@ -311,7 +311,8 @@ def test_cache_goes_by_content(build: Build, tiny_corpus: Path) -> None:
         path.rename(tiny_corpus / f"other-{path.name}")
     (tiny_corpus / "twice.txt").write_text((tiny_corpus / "other-00.txt").read_text())
     assert build().train_set.path == first
-    assert build(seed=1).train_set.path != first
+    assert build(seed=1).train_set.path == first
+    assert build(split_seed=1).train_set.path != first
     assert build(val_fraction=0.3).train_set.path != first
     with open(tiny_corpus / "other-00.txt", "a") as file:
         file.write("!")
@@ -645,3 +646,11 @@ def test_decode_before_there_is_a_tokenizer(build: Build) -> None:
 @pytest.mark.parametrize("module", [loader, masking, text])
 def test_examples(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
+
+
+def test_seeds_share_validation_data_but_not_training_order(build: Build) -> None:
+    one, other = build(seed=1), build(seed=2)
+    for a, b in zip(one.val_dataloader(), other.val_dataloader(), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    batches = [next(iter(data.train_dataloader())) for data in (one, other)]
+    assert not torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])

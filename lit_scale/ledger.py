@@ -1,0 +1,185 @@
+"""The ledger of a run: how many steps of each shape it made, what one of each costs, and what was charged on top."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+__all__ = ["Key", "Ledger"]
+
+#: The shape of a step: what decides its cost, as (name, value) pairs; among them kind, samples, tokens and update.
+Key = tuple[tuple[str, Any], ...]
+
+_COMMON = ("kind", "samples", "tokens", "update", "batch")  # what is no technique's
+_WARM = 2  # first timings of a shape that do not count: allocation, caches
+
+
+class Ledger:
+    """Counts of steps by shape, in all and by stage, with the prices of the shapes.
+
+    A *stage* is the time during which the techniques' part of the shape stays the same; the *curve* has a point for
+    each validation, with the counts at that moment, so that it can be priced when all prices are known.
+
+    Example:
+        >>> ledger, key = Ledger(), (("kind", "train"), ("samples", 4), ("tokens", 64), ("update", True))
+        >>> ledger.count(key, step=0)
+        >>> ledger.flops[key], ledger.timings[key] = 1000, [0.1, 0.1, 0.3, 0.2, 0.3]
+        >>> ledger.charge("growth", 1.5)
+        >>> ledger.totals()
+        {'steps': 1, 'samples': 4, 'tokens': 64, 'flops': 1000, 'reference_seconds': 1.8}
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[Key, int] = {}
+        self.flops: dict[Key, int] = {}
+        self.timings: dict[Key, list[float]] = {}  # in-run seconds of a step
+        self.waits: dict[Key, list[float]] = {}  # in-run seconds of waiting for a batch
+        self.calibrated: dict[Key, float] = {}  # seconds by replay, at the end
+        self.charges: dict[str, list[float]] = {}  # how often, and how many seconds
+        self.stages: list[dict[str, Any]] = []
+        self.curve: list[dict[str, Any]] = []
+        self._stage: dict[str, Any] = {}  # the one at work
+        self._others: list[dict[str, Any]] = []  # tallies of the other ranks, at the end
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def count(self, key: Key, step: int) -> None:
+        """One more step of a shape; ``step`` is the optimizer step, for the beginning of a stage."""
+        self.counts[key] = self.counts.get(key, 0) + 1
+        if key[0] != ("kind", "train"):
+            return
+        shape = {name: value for name, value in key if name not in _COMMON}
+        if self._stage.get("shape") != shape:
+            known = [stage for stage in self.stages if stage["shape"] == shape]
+            self._stage = known[0] if known else {"shape": shape, "first_step": step, "counts": {}, "metrics": {}}
+            self.stages += [] if known else [self._stage]
+        self._stage["counts"][key] = self._stage["counts"].get(key, 0) + 1
+
+    def charge(self, what: str, seconds: float) -> None:
+        """Add an overhead."""
+        times, total = self.charges.get(what, (0, 0.0))
+        self.charges[what] = [times + 1, total + seconds]
+
+    def add_point(self, step: int, metrics: dict[str, float], clocks: dict[str, float]) -> None:
+        """Add a validation to the curve, unless that step has one, and to the stage at work."""
+        self._stage["metrics"] = metrics
+        if not self.curve or self.curve[-1]["step"] != step:
+            counts = {"counts": list(self.counts.items()), "charged_seconds": self.charged_seconds}
+            self.curve.append({"step": step, **counts, **clocks, "metrics": metrics})
+
+    # -- pricing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def charged_seconds(self) -> float:
+        """Overheads so far."""
+        return sum(seconds for _, seconds in self.charges.values())
+
+    def seconds_each(self, key: Key) -> float:
+        """Price of one step of a shape: calibrated, else the in-run median; plus the median wait for its batch."""
+        timings = self.timings.get(key, [])
+        timed = timings[_WARM:] or timings
+        step = self.calibrated.get(key) or (statistics.median(timed) if timed else 0.0)
+        waits = self.waits.get(key, [])
+        return step + (statistics.median(waits) if waits else 0.0)
+
+    def price(self, counts: Mapping[Key, int], kind: str = "train") -> dict[str, Any]:
+        """Sums over the shapes of one kind of step; overheads not included."""
+        ranks = 1 + len(self._others)
+        own = [(key, dict(key), n) for key, n in counts.items() if dict(key)["kind"] == kind]
+        return {
+            "steps": sum(n for _, shape, n in own if shape["update"]) // ranks,
+            "samples": sum(n * shape["samples"] for _, shape, n in own),
+            "tokens": sum(n * shape["tokens"] for _, shape, n in own),
+            "flops": sum(n * self.flops.get(key, 0) for key, _, n in own),
+            "reference_seconds": sum(n * self.seconds_each(key) for key, _, n in own) / ranks,
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """Steps, samples, tokens, FLOPs and reference seconds of the run so far, overheads included."""
+        totals = self.price(self._all_ranks(self.counts))
+        return totals | {"reference_seconds": totals["reference_seconds"] + self.charged_seconds}
+
+    # -- ranks --------------------------------------------------------------------------------------------------------
+
+    def exchange(self, trainer: Trainer) -> None:
+        """Learn what the other ranks counted; they may have met other shapes of batches."""
+        tally = {
+            "counts": self.counts,
+            "stages": [stage["counts"] for stage in self.stages],
+            "curve": [dict(point["counts"]) for point in self.curve],
+            "known": (self.flops, self.timings, self.waits),
+        }
+        tallies: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(tallies, tally)
+        self._others = [other for rank, other in enumerate(tallies) if rank != trainer.global_rank]
+        for other in self._others:
+            known: list[dict[Key, Any]] = [self.flops, self.timings, self.waits]
+            for mine, theirs in zip(known, other["known"], strict=True):
+                mine.update({key: value for key, value in theirs.items() if key not in mine})
+
+    def forget_ranks(self) -> None:
+        """Count for this rank alone again, when training goes on."""
+        self._others = []
+
+    def _all_ranks(self, counts: Mapping[Key, int], part: str = "", index: int = 0) -> Mapping[Key, int]:
+        """Counts of this rank with those of the others: of the run, or of a stage or point of the curve."""
+        total = Counter(counts)
+        for other in self._others:
+            parts = other.get(part, [])
+            total.update(parts[index] if index < len(parts) else other["counts"])
+        return total
+
+    # -- state and record ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the calibration, as plain values."""
+        return {
+            "counts": list(self.counts.items()),
+            "flops": list(self.flops.items()),
+            "timings": list(self.timings.items()),
+            "waits": list(self.waits.items()),
+            "charges": self.charges,
+            "stages": [stage | {"counts": list(stage["counts"].items())} for stage in self.stages],
+            "curve": self.curve,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint stood."""
+        self.counts, self.flops = dict(state_dict["counts"]), dict(state_dict["flops"])
+        self.timings, self.waits = dict(state_dict["timings"]), dict(state_dict["waits"])
+        self.charges, self.curve = dict(state_dict["charges"]), list(state_dict["curve"])
+        self.stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
+        self._stage = self.stages[-1] if self.stages else {}
+
+    def record(self) -> dict[str, Any]:
+        """Totals, curve, stages, shapes and charges, priced."""
+        curve = []
+        for index, point in enumerate(self.curve):
+            cost = self.price(self._all_ranks(dict(point["counts"]), "curve", index))
+            cost["reference_seconds"] += point["charged_seconds"]
+            curve.append({k: v for k, v in point.items() if k not in ("counts", "charged_seconds")} | cost)
+        counts = self._all_ranks(self.counts)
+        return {
+            **self.totals(),
+            "metrics": self.curve[-1]["metrics"] if self.curve else {},
+            "curve": curve,
+            "stages": [
+                stage["shape"]
+                | self.price(self._all_ranks(stage["counts"], "stages", index))
+                | {"first_step": stage["first_step"], "metrics": stage["metrics"]}
+                for index, stage in enumerate(self.stages)
+            ],
+            "shapes": [
+                dict(key)
+                | {"count": n, "flops_each": self.flops.get(key, 0), "seconds_each": self.seconds_each(key)}
+                | {"price": "replay" if key in self.calibrated else "run"}
+                for key, n in counts.items()
+            ],
+            "charges": {what: {"count": n, "seconds": seconds} for what, (n, seconds) in self.charges.items()},
+            "validation": self.price(counts, "validate"),
+        }
