@@ -50,6 +50,8 @@ class Preset:
         relative_cost: Rough cost of a technique's step relative to the baseline's, for the time left only.
         jobs: Runs at a time.
         threads: Threads of each run.
+        metric: Name of the loss that is compared.
+        choices: Variants of the technique for ``benchmarks/choices.py``: name to (steps, flags), equal in FLOPs.
     """
 
     flags: list[str]
@@ -61,6 +63,7 @@ class Preset:
     jobs: int = 1
     threads: int | None = None
     metric: str = "val/loss"
+    choices: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
 
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -104,10 +107,12 @@ class Run:
     steps: int
     lr: float
     seed: int
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return f"{'baseline' if self.baseline else 'technique'}-{self.steps}-lr{self.lr:g}-seed{self.seed}"
+        kind = "baseline" if self.baseline else self.variant.replace(" ", "_").replace("/", "_") or "technique"
+        return f"{kind}-{self.steps}-lr{self.lr:g}-seed{self.seed}"
 
 
 @dataclass
@@ -133,6 +138,7 @@ class Sweep:
             f"--trainer.val_check_interval={max(1, run.steps // 4)}",
             "--trainer.check_val_every_n_epoch=null",
             *(["--baseline"] if run.baseline else []),
+            *(self.preset.choices[run.variant][1] if run.variant else []),
         ]
 
     def make(self, run: Run) -> dict[str, Any]:
@@ -338,7 +344,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "unigram_entropy": statistics.mean(entropies) if entropies else None,
         "by_length": by_length,
         "tuning": tried,
-        "prices": {name: price for name, price in sorted(prices.items())},
+        "prices": dict(sorted(prices.items())),
         "points": points,
         "flags": preset.flags,
         "parameters": first["parameters"],

@@ -74,6 +74,19 @@ def points_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def choices_table(result: dict[str, Any]) -> str:
+    """Variants of a technique at equal FLOPs."""
+    entropy = result["unigram_entropy"]
+    lines = [
+        f"| variant (rate {result['lr']:g}) | steps | TFLOPs | loss of each seed (unigram {entropy:.3f}) |",
+        "|---|---|---|---|",
+    ]
+    for row in result["variants"]:
+        losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+        lines.append(f"| {row['variant']} | {row['steps']:,} | {row['flops'] / 1e12:.2f} | {losses} |")
+    return "\n".join(lines)
+
+
 def throughput_lines(results: list[dict[str, Any]]) -> str:
     """How our training step compares with its peers."""
     lines = ["| step of `BertMLM` against | size | time ratio (below 1: ours is faster) |", "|---|---|---|"]
@@ -136,6 +149,10 @@ def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = 
         card = docs / f"{result['technique']}.md"
         if card.exists():
             card.write_text(update(card.read_text(), f"points.{result['preset']}", points_table(result)))
+    for result in stored(folder, "choices"):
+        card = docs / f"{result['technique']}.md"
+        if card.exists():
+            card.write_text(update(card.read_text(), f"choices.{result['preset']}", choices_table(result)))
 
 
 def render(text: str, folder: Path) -> str:

@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
 from lit_scale.blocks import BlockStack, find_blocks
@@ -214,15 +215,17 @@ class ProgressiveStacking(Technique):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Grow, once per optimizer step and never inside an accumulation window, when the next stage has begun."""
-        if trainer.global_step == self._decided_at:
-            return
-        self._decided_at = trainer.global_step
-        if self.moments == "copy_step0":
-            transfer_state(trainer.optimizers, [], self.moments)  # refuses an unfit optimizer now, not at the growth
-        due = stage_at(progress(trainer), self._starts)
-        while self._stage < due:
-            with charge(trainer, "growth"):
-                self._grow(trainer, pl_module)
+        step = trainer.global_step
+        if step != self._decided_at:
+            self._decided_at = step
+            if self.moments == "copy_step0":
+                transfer_state(trainer.optimizers, [], self.moments)  # refuses an unfit optimizer before the growth
+            due = stage_at(progress(trainer), self._starts)
+            while self._stage < due:
+                with charge(trainer, "growth"):
+                    self._grow(trainer, pl_module)
+        if trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0:  # other steps are not written
+            pl_module.log("progressive_stacking/active_blocks", float(len(self._stack.active)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a plain model behind."""
@@ -265,7 +268,6 @@ class ProgressiveStacking(Technique):
         self._stage += 1
         self._activate(trainer, self._stage)
         self._share_gradients(trainer, pl_module)
-        pl_module.log("progressive_stacking/active_blocks", float(len(new)))
 
     def _activate(self, trainer: Trainer, stage: int) -> None:
         for stack in [self._stack, *self._averages(trainer)]:
@@ -277,9 +279,11 @@ class ProgressiveStacking(Technique):
             block.forward = partial(_cut_forward, block.forward)
 
     def _averages(self, trainer: Trainer) -> list[BlockStack]:
-        """The same blocks inside the averages of weights that Lightning's WeightAveraging keeps."""
-        models = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-        return [find_blocks(model.module, self._stack.path) for model in models if model is not None]
+        """The same blocks inside the averages of weights that Lightning's callbacks keep."""
+        averaging = WeightAveraging | StochasticWeightAveraging
+        models = [c._average_model for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
+        found = [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
+        return [find_blocks(model, self._stack.path) for model in found]
 
     def _share_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Under DDP, wrap anew with exactly the parameters that now train; otherwise ranks wait or drift apart."""

@@ -1,18 +1,13 @@
 """Text for language models: files in, fixed-length sequences out, masked for BERT or as they are for GPT.
 
-Documents are told apart by content: equal ones count once, each falls on one side of the split by its hash, and the
-cache is found by hash as well, whatever the files are called.
+Where the tokens come from is told in :mod:`lit_scale.datamodules.corpus`.
 """
 
-import glob
-import hashlib
 import importlib.metadata
 import io
 import itertools
 import json
 import os
-import secrets
-import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,9 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import Dataset
 
+from lit_scale.datamodules.corpus import (
+    Cache,
+    digest,
+    encode_all,
+    join,
+    load_tokenizer,
+    read_documents,
+    split_documents,
+    train_bpe,
+)
 from lit_scale.datamodules.loader import ResumableLoader, data_ranks, derive_seed
 from lit_scale.datamodules.masking import mask_tokens, num_predictions
 
@@ -33,213 +37,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # of the cache; raise it when the tokens of a document or their order change
 _SPECIAL = ("<sep>", "<mask>")  # the last two ids of every vocabulary
-_TESTS = {"test", "tests", "idle_test"}
 
 Batch = dict[str, torch.Tensor]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-# ---- documents
-
-
-def _text_of(path: Path) -> bytes | None:
-    """The content of a file, or None where it is not text: a NUL byte, or not UTF-8."""
-    data = path.read_bytes()
-    if b"\0" in data:
-        return None
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return None
-    return data
-
-
-def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) -> list[Path]:
-    """All files in a folder and the folders in it, but for hidden ones and folders named in ``without``."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
-        files += [Path(parent, name) for name in names if not name.startswith(".") and name.endswith(ending)]
-    return files
-
-
-def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
-    """Read the distinct documents of a corpus, one per file.
-
-    Args:
-        corpus: Files, folders or globs as in `TextDataModule`; None reads the sources of the standard library.
-
-    Returns:
-        Content by its hash, in the order of the hashes, without empty files.
-
-    Raises:
-        ValueError: A path or glob matches nothing, a file that was named is not text, or there is no text at all.
-    """
-    named: list[Path] = []
-    found: list[Path] = []
-    if corpus is None:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        found = _files_below(library, ".py", {"site-packages", *_TESTS})
-    for entry in [corpus] if isinstance(corpus, str) else corpus or []:
-        entry = os.path.expanduser(entry)
-        path = Path(entry)  # of "" it would be the current folder
-        matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(entry, recursive=True)]
-        if not matches:
-            raise ValueError(f"corpus={entry!r} matches no file: give text files, folders of them, or globs")
-        for match in matches:
-            if match.is_dir():
-                found += _files_below(match)
-            else:
-                (named if match is path else found).append(match)
-
-    contents: list[bytes] = []
-    for path in named:
-        text = _text_of(path)
-        if text is None:
-            raise ValueError(f"corpus={str(path)!r} is not text (it has a NUL byte or is not UTF-8): give UTF-8 files")
-        contents.append(text)
-    texts = [_text_of(path) for path in found if path.is_file()]
-    contents += [text for text in texts if text is not None]
-    if skipped := texts.count(None):
-        rank_zero_info(f"TextDataModule: {skipped} of {len(texts)} files are not UTF-8 text and were left out")
-    documents = {_digest(text): text for text in contents if text}
-    if not documents:
-        raise ValueError(
-            f"corpus={corpus!r} holds no text (0 bytes in {len(contents)} text files): give at least one file with text"
-        )
-    return dict(sorted(documents.items()))
-
-
-def split_documents(
-    documents: dict[str, bytes], val_fraction: float, seed: int
-) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Divide documents into train and validation, each by its own hash and the seed.
-
-    So a document stays on its side when others come or go. One side is never empty: the document nearest to the
-    threshold changes over. A corpus of one document is cut at line ends into about a hundred pieces first.
-
-    Args:
-        documents: Content by hash.
-        val_fraction: Expected share of the documents for validation, in (0, 1).
-        seed: Another seed, another split.
-
-    Returns:
-        Documents for training and for validation, in the order given.
-    """
-    if len(documents) == 1:
-        (text,) = documents.values()
-        size, pieces = max(1, len(text) // 100), [b""]
-        for line in text.splitlines(keepends=True):
-            if len(pieces[-1]) >= size:
-                pieces.append(b"")
-            pieces[-1] += line
-        documents = dict(sorted((_digest(piece), piece) for piece in pieces))
-    place = {digest: derive_seed(seed, "split", digest) / 2**63 for digest in documents}  # uniform in [0, 1)
-    ranked = sorted(place, key=place.__getitem__)
-    count = sum(value < val_fraction for value in place.values())
-    held_out = set(ranked[: min(max(count, 1), len(ranked) - 1)])
-    return (
-        {digest: text for digest, text in documents.items() if digest not in held_out},
-        {digest: text for digest, text in documents.items() if digest in held_out},
-    )
-
-
-# ---- tokens
-
-
-def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
-    """Train a byte-level BPE (Sennrich et al., ACL 2016; on bytes as in GPT-2), without special tokens.
-
-    Args:
-        texts: Documents in UTF-8.
-        vocab_size: Largest number of tokens, at least 256.
-
-    Returns:
-        The tokenizer as the JSON of the ``tokenizers`` library.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
-    return tokenizer.to_str()
-
-
-def _join(documents: Iterable[npt.NDArray[Any]], separator: int, dtype: type) -> npt.NDArray[Any]:
-    """All tokens in one array, each document followed by a separator."""
-    end: npt.NDArray[Any] = np.array([separator], dtype)
-    return np.concatenate([part for ids in documents for part in (ids.astype(dtype), end)] or [end[:0]])
-
-
-def _encode_all(tokenizer: "Tokenizer", texts: Iterable[bytes]) -> Iterable[npt.NDArray[np.uint32]]:
-    remaining = iter(texts)
-    while group := [text.decode() for text in itertools.islice(remaining, 64)]:
-        for encoding in tokenizer.encode_batch_fast(group, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=np.uint32)
-
-
-# ---- cache
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Put a file in place whole or not at all, also when the machine goes down half way."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-class _Cache:
-    """Files named by what is in them, and per key a small index that is written last.
-
-    Two processes that build the same key at the same time cannot mix: each index names complete files only, and a
-    file whose content does not hash to its name counts as missing.
-    """
-
-    def __init__(self, folder: Path, key: str, names: Sequence[str]) -> None:
-        self.folder = folder
-        self.index = folder / f"{key}.json"
-        self.names = names
-
-    def load(self) -> dict[str, Path] | None:
-        """The files of this key by name, or None unless all are there and whole."""
-        try:
-            index = json.loads(self.index.read_bytes())
-            files = {name: self.folder / index[name] for name in self.names}
-            for path in files.values():
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-                if digest != path.stem:
-                    return None
-        except (OSError, ValueError, LookupError, TypeError):  # absent, or an index that is none
-            return None
-        return files
-
-    def save(self, **contents: bytes) -> dict[str, Path]:
-        """Write the files of this key."""
-        endings = {"tokenizer": ".json"}
-        files = {name: self.folder / (_digest(data) + endings.get(name, ".npy")) for name, data in contents.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, path in files.items():
-            _write_atomically(path, contents[name])
-        _write_atomically(self.index, json.dumps({name: path.name for name, path in files.items()}).encode())
-        return files
-
-
-# ---- batches
 
 
 class _Sequences(Dataset[Batch]):
@@ -418,13 +217,13 @@ class TextDataModule(LightningDataModule):
     def _prepare(self) -> dict[str, Path]:
         """Find the tokens in the cache, or make them."""
         documents = read_documents(self.corpus)
-        self._corpus_hash = _digest("".join(documents).encode())
+        self._corpus_hash = digest("".join(documents).encode())
         settings: list[Any] = [_FORMAT, self._corpus_hash, self.split_seed, self.val_fraction, self.tokenizer]
         names = ["train", "validation"]
         if self.tokenizer == "bpe":
             settings += [self.vocab_size, importlib.metadata.version("tokenizers")]
             names.append("tokenizer")
-        cache = _Cache(self.cache_dir / "text", _digest(json.dumps(settings).encode()), names)
+        cache = Cache(self.cache_dir / "text", digest(json.dumps(settings).encode()), names)
         files = cache.load()
         if files is None:
             contents = self._tokenize(documents)
@@ -444,11 +243,11 @@ class TextDataModule(LightningDataModule):
         contents: dict[str, bytes] = {}
         if self.tokenizer == "bpe":
             contents["tokenizer"] = train_bpe(train.values(), self.vocab_size - len(_SPECIAL)).encode()
-            encode = partial(_encode_all, _tokenizer(contents["tokenizer"]))
+            encode = partial(encode_all, load_tokenizer(contents["tokenizer"]))
         for name, texts in (("train", train.values()), ("validation", validation.values())):
             ids = encode(texts) if self.tokenizer == "bpe" else (np.frombuffer(text, np.uint8) for text in texts)
             buffer = io.BytesIO()
-            np.save(buffer, _join(ids, self.separator_id, dtype))
+            np.save(buffer, join(ids, self.separator_id, dtype))
             contents[name] = buffer.getvalue()
         return contents
 
@@ -536,7 +335,7 @@ class TextDataModule(LightningDataModule):
     def _bpe(self) -> "Tokenizer":
         if self._files is None:
             raise ValueError("there is no tokenizer yet: call prepare_data() first")
-        return _tokenizer(self._files["tokenizer"].read_bytes())
+        return load_tokenizer(self._files["tokenizer"].read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without special tokens."""
@@ -598,9 +397,3 @@ class TextDataModule(LightningDataModule):
                 f"the checkpoint was trained on other data, so training cannot go on from it: {', '.join(differing)}. "
                 "Resume with the data and settings it had, or start a new run from its weights"
             )
-
-
-def _tokenizer(data: bytes) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(data.decode())

@@ -1,31 +1,76 @@
-"""The recipe runner: LightningCLI's flags plus ``--baseline``, ``--compare`` and ``--ckpt_path``, a table and a plot."""
+"""The recipe runner: LightningCLI's flags plus ``--baseline``, ``--compare`` and ``--ckpt_path``, a table and a plot.
+
+A run owns its folder. What another run left there is not overwritten, nor taken for this one's: it moves into a
+subfolder ``earlier-1``, ``earlier-2``..., unless ``--ckpt_path`` names a checkpoint of that very run to go on from.
+"""
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import json
+import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentError
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
-from rich.table import Table
 
+from lit_scale.console import fail, quiet, rank, say
 from lit_scale.cost import CostMeter, write_json
-from lit_scale.guards import FiniteGuard, NonFiniteError, PreemptionGuard, SafeCheckpointIO, StepSeed, check_writable
-from lit_scale.technique import Technique
+from lit_scale.guards import (
+    FiniteGuard,
+    PreemptionGuard,
+    SafeCheckpointIO,
+    StepSeed,
+    check_writable,
+    load_checkpoint,
+)
+from lit_scale.report import comparison_table, plot_curves, saving_line, stage_table
+from lit_scale.technique import _MARK, Technique
 
 __all__ = ["RecipeCLI", "run_recipe"]
 
-_LINKS = (("seed_everything", "data.seed", "parse"),
-          ("data.sequence_length", "model.max_length", "parse"),
-          ("data.vocab_size", "model.vocab_size", "instantiate"))
+_LINKS = (
+    ("seed_everything", "data.seed", "parse"),
+    ("data.sequence_length", "model.max_length", "parse"),
+    ("data.vocab_size", "model.vocab_size", "instantiate"),
+)
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
+_OURS = ("config.yaml", "result.json", "result.png", "checkpoints")  # what a run leaves in its folder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What :func:`run_recipe` was given.
+
+    Attributes:
+        name: Names the default folder and the record.
+        command: The command line, without the flags.
+    """
+
+    name: str
+    description: str
+    command: list[str]
+    model: type[LightningModule]
+    data: type[LightningDataModule]
+    technique: type[Technique]
+    defaults: dict[str, Any]
+
+    @property
+    def group(self) -> str:
+        """Name of the technique's flags and result files: that of its class in snake case."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.technique.__name__).lower()
 
 
 class RecipeCLI(LightningCLI):
@@ -33,81 +78,165 @@ class RecipeCLI(LightningCLI):
 
     Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*`` and the technique's own, named after its class in
     snake case. What the data decides (seed, length, vocabulary) is linked to the model and is no flag of the model.
+    With ``--compare`` and no ``arm`` it only reads the flags.
+
+    Args:
+        recipe: The recipe.
+        args: The flags.
+        arm: Which run of a comparison this is: ``"baseline"`` or the technique's name.
     """
 
-    def __init__(
-        self,
-        model: type[LightningModule],
-        data: type[LightningDataModule],
-        technique: type[Technique],
-        defaults: dict[str, Any],
-        args: list[str],
-    ) -> None:
-        self.technique = technique
-        self.group = snake_case(technique)
-        self.recipe_defaults = defaults
+    def __init__(self, recipe: Recipe, args: list[str], arm: str | None = None) -> None:
+        self.recipe, self.arguments, self.arm = recipe, args, arm
         super().__init__(
-            model,
-            data,
+            recipe.model,
+            recipe.data,
             save_config_callback=None,  # the run's folder gets a config.yaml without a logger as well
-            seed_everything_default=1,
-            parser_kwargs={"description": None, "default_env": False},
+            parser_kwargs={
+                "description": recipe.description,
+                "usage": "%(prog)s [--baseline | --compare] [--ckpt_path FILE] [--config FILE] [--GROUP.FLAG VALUE]",
+                "default_env": False,
+                "exit_on_error": False,
+            },
+            auto_configure_optimizers=False,  # the model has its own flags
             args=args,
             run=False,
         )
 
+    # -- flags --------------------------------------------------------------------------------------------------------
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A recipe always has a seed, which data and guards share."""
+        parser.add_argument("--seed_everything", type=int, default=1, help="seed of weights, data and dropout")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the technique's group, the recipe's own flags, links and defaults."""
-        parser.add_class_arguments(self.technique, self.group)
+        parser.add_class_arguments(self.recipe.technique, self.recipe.group)
         parser.add_argument("--baseline", action="store_true", help="the same run without the technique")
         parser.add_argument("--compare", action="store_true", help="both runs, then a table side by side")
         parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint to resume from")
-        names = {name: set(inspect.signature(kind).parameters) for name, kind in self._parts().items()}
+        for action in parser._actions:
+            if hasattr(action, "_typehint"):
+                action._typehint = _whole_numbers_first(action._typehint)
+        parts = {"model": self.recipe.model, "data": self.recipe.data}
+        names = {name: set(inspect.signature(kind).parameters) for name, kind in parts.items()}
         for source, target, when in _LINKS:
             part, argument = target.split(".")
             owner, _, name = source.partition(".")
-            known = not name or hasattr(self.datamodule_class, name) or name in names.get(owner, ())
+            known = not name or hasattr(self.recipe.data, name) or name in names.get(owner, ())
             if argument in names[part] and known:
                 parser.link_arguments(source, target, apply_on=when)
-        parser.set_defaults(self.recipe_defaults)
+        parser.set_defaults(self.recipe.defaults)
 
-    def _parts(self) -> dict[str, type]:
-        return {"model": self.model_class, "data": self.datamodule_class}
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the flags; the recipe's ``max_steps`` gives way to other limits of the run."""
+        steps = self.recipe.defaults.get("trainer.max_steps", -1)
+        parser.set_defaults({"trainer.max_steps": -1})
+        asks = ("-h", "--help", "--print_config")
+        try:
+            given = parser.parse_args([arg for arg in args if arg.partition("=")[0] not in asks]).trainer
+        except ArgumentError as error:
+            raise _with_hint(error, parser) from None
+        if given.max_steps == -1 and given.max_time is None and (given.max_epochs is None or given.max_epochs < 0):
+            parser.set_defaults({"trainer.max_steps": steps})
+        self.config = config = parser.parse_args(args)
+        if self.arm is not None:
+            folder = Path(config.trainer.default_root_dir, self.arm)
+            config.trainer.default_root_dir = str(folder)
+            config.compare, config.baseline = False, self.arm == "baseline"
+            if config.ckpt_path is not None and not _is_inside(config.ckpt_path, folder):
+                config.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from other flags, and see early whether the output folder can be written."""
+        """Fill in what follows from other flags, and make the folder this run's."""
+        if self.config.compare:
+            return
         trainer = self.config.trainer
-        if trainer.val_check_interval is None and trainer.max_steps > 0:
-            batches = trainer.max_steps * trainer.accumulate_grad_batches
-            trainer.val_check_interval = max(1, batches // _VALIDATIONS)
-            trainer.check_val_every_n_epoch = None
-        check_writable(trainer.default_root_dir)
-        self.parser.save(
-            self.config, Path(trainer.default_root_dir, "config.yaml"), overwrite=True, skip_validation=True
-        )
+        if trainer.val_check_interval is None and trainer.check_val_every_n_epoch == 1:
+            trainer.val_check_interval, trainer.check_val_every_n_epoch = _validation_times(trainer)
+        if "://" in str(trainer.default_root_dir):
+            raise ValueError(f"trainer.default_root_dir={trainer.default_root_dir!r}: give a local folder")
+        ckpt_path = self.config.ckpt_path
+        if ckpt_path is not None and not Path(ckpt_path).exists():
+            raise ValueError(f"ckpt_path={ckpt_path!r} does not exist")
+        root = Path(trainer.default_root_dir)
+        check_writable(root)
+        if rank() != 0:
+            return
+        if ckpt_path is None or not _is_inside(ckpt_path, root / "checkpoints"):
+            set_aside(root, _OURS)
+        config = self.config.clone()
+        config.ckpt_path = None
+        (root / "config.yaml").write_text(self.parser.dump(config, skip_none=False, skip_validation=True))
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    # -- objects ------------------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        """Make the model, the data, the technique and the Trainer."""
+        if not self.config.compare:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The user's Trainer, with the technique, the clock and the guards."""
-        root = Path(self.config.trainer.default_root_dir)
+        config = self._get(self.config_init, "trainer")
+        checkpoints = Path(config.default_root_dir, "checkpoints")
+        command = [*self.recipe.command, *self.arguments]
         self.meter = CostMeter(
-            recipe=Path(sys.argv[0]).stem,
-            technique=self.group,
+            recipe=self.recipe.name,
+            technique=self.recipe.group,
             baseline=self.config.baseline,
-            extra={"command": shlex.join(["python", *sys.argv])},
+            extra={"command": shlex.join(command)},
         )
         callbacks = [
-            *(self._get(self.config_init, "trainer").callbacks or []),
-            *([] if self.config.baseline else [self._get(self.config_init, self.group)]),
+            *_listed(config.callbacks),
+            *([] if self.config.baseline else [self._get(self.config_init, self.recipe.group)]),
             self.meter,
             FiniteGuard(),
-            StepSeed(self.config.seed_everything or 0),
-            PreemptionGuard(root / "checkpoints", resume_command=_resume_command()),
-            ModelCheckpoint(root / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False),
+            StepSeed(self.config.seed_everything),
+            PreemptionGuard(checkpoints, resume_command=_resume_command(command)),
+            *([] if config.enable_checkpointing is False else [_LastCheckpoint(checkpoints)]),
+            *([] if config.enable_progress_bar is False else [_ProgressBar()]),
         ]
-        if self.config.trainer.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(leave=True))
-        plugins = [*(self._get(self.config_init, "trainer").plugins or []), SafeCheckpointIO()]
+        plugins = [*_listed(config.plugins), SafeCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def train(self) -> dict[str, Any]:
+        """Fit, validate where training ended, and return the record."""
+        ckpt_path = self.config.ckpt_path
+        if ckpt_path is not None:
+            _check_checkpoint(self, load_checkpoint(ckpt_path))
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+        ledger = self.meter.ledger
+        if not ledger.counts:
+            raise ValueError("the run made no step: raise trainer.max_steps, max_epochs or max_time")
+        if (entropy := getattr(self.datamodule, "unigram_entropy", None)) is not None:
+            self.meter.extra["unigram_entropy"] = entropy
+        if self.trainer.limit_val_batches and not (
+            ledger.curve and ledger.curve[-1]["step"] == self.trainer.global_step
+        ):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        self.meter.write(self.trainer, self.model)
+        return self.meter.record(self.trainer, self.model)
+
+
+class _LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``: the newest state, saved after each validation and when training has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, filename="last", save_top_k=1, enable_version_counter=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
+
+
+class _ProgressBar(RichProgressBar):
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs or -1
+        return f"Epoch {current_epoch}" + (f"/{epochs - 1}" if epochs > 0 else "")  # not "0/-2" in a run by steps
+
+
+# -- the runner -------------------------------------------------------------------------------------------------------
 
 
 def run_recipe(
@@ -117,8 +246,11 @@ def run_recipe(
     technique: type[Technique],
     defaults: dict[str, Any],
     args: Sequence[str] | None = None,
+    name: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run a recipe from the command line: train, report, and leave ``result.json`` and ``result.png`` behind.
+
+    Errors are one line on stderr; ``LIT_SCALE_TRACEBACK=1`` in the environment shows where they come from.
 
     Args:
         model: The LightningModule's class; its arguments become ``--model.*``.
@@ -126,196 +258,189 @@ def run_recipe(
         technique: The technique's class; its arguments become a group named after it.
         defaults: Defaults that differ from the classes' own, by flag, e.g. ``{"trainer.max_steps": 700}``.
         args: Command line; that of the process by default.
+        name: Name of the recipe; by default that of the file this is called in.
 
     Returns:
-        The record of each run, by ``"baseline"`` or the technique's name.
+        The record of each run, by ``"baseline"`` or the technique's name; nothing on ranks other than 0.
 
     Raises:
-        SystemExit: With code 1 and one line of explanation for input that cannot work, 2 for unknown flags, 130 or
-            143 after SIGINT or SIGTERM.
+        SystemExit: With code 1 and one line of explanation for what cannot work, 2 for flags that cannot be read, 130
+            or 143 after SIGINT or SIGTERM.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    name = snake_case(technique)
-    root = f"runs/{Path(sys.argv[0]).stem}"
-    defaults = {"trainer.default_root_dir": root, "trainer.logger": False} | defaults
+    caller = inspect.stack()[1].frame
+    file = caller.f_code.co_filename
+    group = Recipe("", "", [], model, data, technique, {}).group
+    name = name or (group if file.startswith("<") else Path(file).stem)
+    script = sys.argv[0] if args is None else file
+    recipe = Recipe(
+        name,
+        (caller.f_globals.get("__doc__") or "").strip().partition("\n")[0],
+        [_python(), script],
+        model,
+        data,
+        technique,
+        {"trainer.default_root_dir": f"runs/{name}", "trainer.logger": False, "trainer.enable_model_summary": False}
+        | defaults,
+    )
+    with quiet():
+        try:
+            return _run(recipe, list(sys.argv[1:] if args is None else args))
+        except ArgumentError as error:
+            fail(error, 2)
+        except KeyboardInterrupt as error:
+            fail(error, 130)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning leaves with 1
+                fail(error.__context__, 130)
+            raise
+        except Exception as error:
+            fail(error, 1)
+
+
+def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
     console = Console()
-    try:
-        chosen = _Choice(args)
-        records = {}
-        for arm in ("baseline", name) if chosen.compare else (None,):
-            records |= _run_arm(model, data, technique, defaults, args, arm, chosen, console)
-    except (ValueError, OSError, NonFiniteError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from error
-    if records and chosen.compare:
+    cli = RecipeCLI(recipe, args)
+    if not cli.config.compare:
+        return _run_one(cli, console)
+    root, ckpt_path = Path(cli.config.trainer.default_root_dir), cli.config.ckpt_path
+    arms = ("baseline", recipe.group)
+    if ckpt_path is not None and not any(_is_inside(ckpt_path, root / arm) for arm in arms):
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r}: --compare resumes from checkpoints below {root}/{{{','.join(arms)}}}"
+        )
+    if rank() == 0:
+        set_aside(root, ("comparison.json", "comparison.png"))
+    records: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        finished = root / arm / "result.json"
+        if arm == "baseline" and ckpt_path and not _is_inside(ckpt_path, root / arm) and finished.exists():
+            records[arm] = json.loads(finished.read_text())  # done before the other run was interrupted
+        else:
+            records |= _run_one(RecipeCLI(recipe, args, arm), console)
+    if rank() == 0:
+        plot_curves(records, root / "comparison.png")
+        write_json(root / "comparison.json", records)
         console.print(comparison_table(records))
-        folder = Path(chosen.root or defaults["trainer.default_root_dir"])
-        plot_curves(records, folder / "comparison.png")
-        write_json(folder / "comparison.json", records)
+        say(console, f"written: {root / 'comparison.json'}, {root / 'comparison.png'}")
     return records
 
 
-class _Choice:
-    """The flags that decide how many runs there are, read before LightningCLI reads all of them."""
-
-    def __init__(self, args: list[str]) -> None:
-        from argparse import ArgumentParser
-
-        parser = ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--compare", action="store_true")
-        parser.add_argument("--ckpt_path")
-        parser.add_argument("--trainer.default_root_dir", dest="root")
-        known, _ = parser.parse_known_args(args)
-        self.compare: bool = known.compare
-        self.ckpt_path: str | None = known.ckpt_path
-        self.root: str | None = known.root
-
-
-def _run_arm(
-    model: type[LightningModule],
-    data: type[LightningDataModule],
-    technique: type[Technique],
-    defaults: dict[str, Any],
-    args: list[str],
-    arm: str | None,
-    chosen: _Choice,
-    console: Console,
-) -> dict[str, dict[str, Any]]:
-    """One run; ``arm`` is None outside of a comparison."""
-    import json
-
-    if arm is not None:
-        folder = Path(chosen.root or defaults["trainer.default_root_dir"], arm)
-        resumes_here = chosen.ckpt_path is not None and folder.resolve() in Path(chosen.ckpt_path).resolve().parents
-        if chosen.ckpt_path is not None and not resumes_here:
-            if (folder / "result.json").exists() and arm == "baseline":  # finished before the other run was interrupted
-                return {arm: json.loads((folder / "result.json").read_text())}
-            args = [*args, "--ckpt_path=null"]
-        args = [*args, f"--trainer.default_root_dir={folder}", *(["--baseline"] if arm == "baseline" else [])]
-    cli = RecipeCLI(model, data, technique, defaults, args)
-    ckpt_path = cli.config.ckpt_path
-    if ckpt_path is not None and not Path(ckpt_path).exists():
-        raise ValueError(f"ckpt_path={ckpt_path!r} does not exist")
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
-    if (entropy := getattr(cli.datamodule, "unigram_entropy", None)) is not None:
-        cli.meter.extra["unigram_entropy"] = entropy
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    record = cli.meter.record(cli.trainer, cli.model)
+def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
+    """One run, with its report."""
+    arm = "baseline" if cli.config.baseline else cli.recipe.group
+    root = Path(cli.trainer.default_root_dir)
     if cli.trainer.is_global_zero:
-        root = Path(cli.trainer.default_root_dir)
-        name = "baseline" if cli.config.baseline else cli.group
-        plot_curves({name: record}, root / "result.png")
-        console.print(stage_table(record))
-        console.print(saving_line(record), highlight=False)
-        console.print(f"written: {root / 'result.json'}, {root / 'result.png'}", highlight=False)
-        return {name: record}
-    return {}
+        size = sum(parameter.numel() for parameter in cli.model.parameters())
+        say(console, f"{cli.recipe.name} ({arm}): {size:,} parameters, {cli.trainer.strategy.root_device}, into {root}")
+    record = cli.train()
+    if not cli.trainer.is_global_zero:
+        return {}
+    plot_curves({arm: record}, root / "result.png")
+    console.print(stage_table(record))
+    say(console, saving_line(record))
+    say(console, f"written: {root / 'result.json'}, {root / 'result.png'}")
+    return {arm: record}
 
 
-def _resume_command() -> str:
-    """The command line of this process, resuming from ``{path}``."""
-    args = list(sys.argv)
-    for flag in ("--ckpt_path",):
-        while flag in args:
-            del args[args.index(flag) : args.index(flag) + 2]
-        args = [arg for arg in args if not arg.startswith(f"{flag}=")]
-    return shlex.join(["python", *args]).replace("{", "{{").replace("}", "}}") + " --ckpt_path {path}"
+def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+    """Move what another run left into a subfolder of its own, and say so.
+
+    Args:
+        folder: Where both runs write.
+        names: Files and folders of a run.
+
+    Returns:
+        The subfolder, or None if there was no result and no checkpoint.
+    """
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not any(path.suffix in (".json", ".png") or any(path.glob("*.ckpt")) for path in found):
+        return None
+    taken = [int(path.name.rpartition("-")[2]) for path in folder.glob("earlier-*") if path.name[8:].isdecimal()]
+    target = folder / f"earlier-{max(taken, default=0) + 1}"
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    say(Console(), f"{folder} held another run; it is now in {target}")
+    return target
 
 
-def snake_case(kind: type) -> str:
-    """Name of a technique's group of flags, recipe and result files: ``ProgressiveStacking`` is progressive_stacking."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+# -- small decisions --------------------------------------------------------------------------------------------------
 
 
-# -- reports ----------------------------------------------------------------------------------------------------------
+def _with_hint(error: ArgumentError, parser: LightningArgumentParser) -> ArgumentError:
+    """Name the flags that resemble an unknown one."""
+    unknown = re.findall(r"(?:^|\s)(--[^\s=]+)", error.message.partition("unrecognized arguments:")[2])
+    options = [option for action in parser._actions for option in action.option_strings]
+    near = [match for flag in unknown for match in difflib.get_close_matches(flag, options, n=1)]
+    if "unrecognized arguments:" in error.message:
+        hint = f"did you mean {', '.join(near)}?" if near else "--help lists all flags"
+        return ArgumentError(None, f"{error.message}; {hint}")
+    return error
 
 
-def full_cost(record: dict[str, Any], clock: str) -> float:
-    """What the run's steps would have cost had all been like those of its last stage, the full model's."""
-    last = record["stages"][-1]
-    return float(record["steps"] * last[clock] / last["steps"])
+def _whole_numbers_first(hint: Any) -> Any:
+    """A type with int before float in its unions: jsonargparse takes the first that fits, and would read 2 as 2.0."""
+    args, origin = list(get_args(hint)), get_origin(hint)
+    if not args or not all(isinstance(arg, type) or get_origin(arg) or arg is Ellipsis for arg in args):
+        return hint
+    args = [_whole_numbers_first(arg) for arg in args]
+    if origin not in (Union, UnionType):
+        return origin[tuple(args)]
+    if int in args and float in args:
+        args.remove(int)
+        args.insert(args.index(float), int)
+    return Union[tuple(args)]  # noqa: UP007
 
 
-def saving_line(record: dict[str, Any]) -> str:
-    """One line: what the technique saved against as many steps of the full model, and what the loss means."""
-    saved = {clock: 1 - record[clock] / full_cost(record, clock) for clock in ("flops", "reference_seconds")}
-    line = (
-        f"against {record['steps']} steps of the full model: {saved['flops']:.0%} fewer FLOPs, "
-        f"{saved['reference_seconds']:.0%} fewer reference seconds (at equal loss: --compare, benchmarks/savings.py)"
-    )
-    loss, entropy = record["metrics"].get("val/loss"), record.get("unigram_entropy")
-    if loss is not None and entropy:
-        below = 1 - loss / entropy
-        line += f"\nvalidation loss {loss:.3f} nats, {below:.0%} below the unigram entropy of {entropy:.3f}"
-    return ("baseline: every step is the full model's" + line[line.find("\n") :]) if record["baseline"] else line
+def _validation_times(trainer: Any) -> tuple[int | float | str, int | None]:
+    """``val_check_interval`` and ``check_val_every_n_epoch`` for about ten validations, whatever limits the run."""
+    if trainer.max_steps > 0:
+        return max(1, trainer.max_steps * trainer.accumulate_grad_batches // _VALIDATIONS), None
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        epochs = trainer.max_epochs / _VALIDATIONS
+        return min(1.0, epochs), max(1, int(epochs))
+    if trainer.max_time is not None:
+        seconds = max(1, int((Timer(trainer.max_time).time_remaining() or 0) / _VALIDATIONS))
+        return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}", 1
+    return 1.0, 1
 
 
-def stage_table(record: dict[str, Any]) -> Table:
-    """What each stage trained, for how long, and how good the model was when it ended."""
-    table = Table(title=f"{record['recipe']}: {'baseline' if record['baseline'] else record['technique']}")
-    names = [name for name in record["stages"][0] if name not in _PRICED]
-    for name in (*names, "from step", "steps", "tokens", "reference s", "TFLOPs", "val loss", "unigram"):
-        table.add_column(name, justify="right")
-    entropy = record.get("unigram_entropy")
-    for stage in [*record["stages"], record | {"first_step": "", **dict.fromkeys(names, "all")}]:
-        loss = stage["metrics"].get("val/loss")
-        table.add_row(
-            *(str(stage[name]) for name in names),
-            str(stage["first_step"]),
-            f"{stage['steps']:,}",
-            f"{stage['tokens']:,}",
-            f"{stage['reference_seconds']:.1f}",
-            f"{stage['flops'] / 1e12:.2f}",
-            "-" if loss is None else f"{loss:.3f}",
-            "-" if entropy is None else f"{entropy:.3f}",
+def _check_checkpoint(cli: RecipeCLI, checkpoint: dict[str, Any]) -> None:
+    """Refuse what Lightning would resume into a mixture of two runs."""
+    trained_with, name = checkpoint.get(_MARK, {}), cli.recipe.technique.__name__
+    if cli.config.baseline and name in trained_with:
+        raise ValueError(f"the checkpoint was trained with {name}: leave out --baseline, or start a new run")
+    if not cli.config.baseline and name not in trained_with:
+        raise ValueError(f"the checkpoint was trained without {name}: add --baseline, or start a new run")
+    now = cli.model.hparams
+    saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
+    differing = [
+        f"{key} (was {saved[key]!r}, is {now[key]!r})" for key in saved if key in now and saved[key] != now[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint's model has other hyperparameters: {', '.join(differing)}. "
+            "Resume with the flags it was trained with, or start a new run"
         )
-    return table
 
 
-_PRICED = {"steps", "samples", "tokens", "flops", "reference_seconds", "first_step", "metrics"}
+def _resume_command(command: list[str]) -> str:
+    """The command line, resuming from ``{path}``."""
+    args = list(command)
+    while "--ckpt_path" in args:
+        del args[args.index("--ckpt_path") : args.index("--ckpt_path") + 2]
+    return shlex.join(arg for arg in args if not arg.startswith("--ckpt_path=")) + " --ckpt_path {path}"
 
 
-def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
-    """The runs of a comparison side by side."""
-    table = Table(title="equal steps, not equal loss: for the saving at equal loss run benchmarks/savings.py")
-    table.add_column("")
-    for name in records:
-        table.add_column(name, justify="right")
-    rows = {
-        "steps": "{:,.0f}",
-        "tokens": "{:,.0f}",
-        "flops": "{:.3e}",
-        "reference_seconds": "{:.1f}",
-        "wall_seconds": "{:.1f}",
-        "peak_memory_bytes": "{:,.0f}",
-        "unigram_entropy": "{:.4f}",
-    }
-    for name, form in rows.items():
-        table.add_row(name, *(form.format(r[name]) if name in r else "-" for r in records.values()))
-    for metric in next(iter(records.values()))["metrics"]:
-        table.add_row(metric, *(f"{r['metrics'].get(metric, float('nan')):.4f}" for r in records.values()))
-    return table
+def _python() -> str:
+    """``python`` where that is the interpreter at work, else its path."""
+    found = shutil.which("python")
+    return "python" if found and os.path.samefile(found, sys.executable) else sys.executable
 
 
-def plot_curves(records: dict[str, dict[str, Any]], path: Path) -> None:
-    """Validation loss over reference seconds and over FLOPs, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _is_inside(path: str | Path, folder: Path) -> bool:
+    return folder.resolve() in Path(path).resolve().parents
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, clock, label in zip(axes, ("reference_seconds", "flops"), ("reference seconds", "FLOPs"), strict=True):
-        for name, record in records.items():
-            points = [(p[clock], p["metrics"]["val/loss"]) for p in record["curve"] if "val/loss" in p["metrics"]]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=name)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    entropy = next((r["unigram_entropy"] for r in records.values() if "unigram_entropy" in r), None)
-    if entropy is not None:
-        axes[0].axhline(entropy, color="grey", linestyle=":", label="unigram entropy")
-    axes[0].set_ylabel("validation loss")
-    axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -115,9 +115,10 @@ class CostMeter(Callback):
     def _key(self, trainer: Trainer, kind: str, batch: Any, update: bool) -> Key:
         samples, tokens = self.samples_and_tokens(batch)
         key: list[tuple[str, Any]] = [("kind", kind), ("samples", samples), ("tokens", tokens), ("update", update)]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Technique):
-                key += callback.step_shape().items()
+        techniques = _techniques(trainer)
+        key.append(("plain", all(technique.is_plain() for technique in techniques)))
+        for technique in techniques:
+            key += technique.step_shape().items()
         return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in _tensors(batch))))
 
     # -- counting -----------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class CostMeter(Callback):
         self.write(trainer, pl_module)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]  # type: ignore[attr-defined]
+        techniques = _techniques(trainer)
         frequent = sorted(self.ledger.counts, key=lambda key: -self.ledger.counts[key])
         keys = [k for k in frequent if dict(k)["kind"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
         times: dict[Key, list[float]] = {key: [] for key in keys}
@@ -340,6 +341,10 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
     for meter in meters:
         _synchronize()
         meter.charge(what, time.perf_counter() - start)
+
+
+def _techniques(trainer: Trainer) -> list[Technique]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Technique)]  # type: ignore[attr-defined]
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import itertools
 import math
 import os
 import pickle
@@ -58,7 +57,8 @@ class FiniteGuard(Callback):
 
     It looks at every loss of the accumulation window and at all gradients, for one device sync a step and, between
     ranks, one scalar. Under a GradScaler only losses count: infinite gradients are how it finds its scale. Weights
-    and optimizer state stay those of the step before; buffers (BatchNorm) have seen the bad batch, checkpoints not.
+    and optimizer state stay those of the step before. Buffers (BatchNorm) have seen the bad batch: resume from a
+    checkpoint of an earlier step, not from one that was saved on the exception.
 
     Raises:
         NonFiniteError: With step, epoch, batch, the loss or the first parameters, and what to try.
@@ -77,15 +77,13 @@ class FiniteGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self._losses = self._losses, []
-        probes = [loss for _, loss in losses]
+        probes = [torch.zeros((), device=pl_module.device), *(loss for _, loss in losses)]
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             parameters = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
             gradients = [g for g in map(_local_gradient, parameters) if g.numel()]
             # the largest magnitude: the usual 2-norm of large but finite gradients can overflow
             probes.append(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))
-        finite = (
-            torch.stack([probe.isfinite().to(pl_module.device) for probe in probes or [torch.ones(())]]).all().int()
-        )
+        finite = torch.stack([probe.isfinite().to(pl_module.device) for probe in probes]).all().int()
         if trainer.world_size > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite.item():
@@ -132,11 +130,6 @@ class StepSeed(Callback):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # first, to cover what other callbacks draw at the start of a batch; a new list, for Lightning is iterating
-        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._set(trainer, str(trainer.fit_loop.total_batch_idx))
@@ -208,6 +201,7 @@ class PreemptionGuard(Callback):
         self._handlers: dict[int, Any] = {}  # those before ours
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # a new list: Lightning is going through the present one
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
@@ -306,9 +300,6 @@ def _await_ranks(children: "list[subprocess.Popen[bytes]]", signals: Sequence[in
             child.kill()
 
 
-_COUNT = itertools.count()  # two threads may save into one folder
-
-
 class SafeCheckpointIO(TorchCheckpointIO):
     """Checkpoint files that are whole or absent, and are checked before they are believed.
 
@@ -335,7 +326,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         if target is None or storage_options is not None:
             return super().save_checkpoint(checkpoint, os.fspath(path), storage_options)
         folder = target.parent
-        temporary = folder / f".saving-{socket.gethostname()}-{os.getpid()}-{next(_COUNT)}.tmp"
+        temporary = folder / f".saving-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if folder not in self._swept:

@@ -12,10 +12,10 @@ from lightning.pytorch import Trainer
 
 __all__ = ["Key", "Ledger"]
 
-#: The shape of a step: what decides its cost, as (name, value) pairs; among them kind, samples, tokens and update.
+#: The shape of a step: what decides its cost, as (name, value) pairs, the kind of step first.
 Key = tuple[tuple[str, Any], ...]
 
-_COMMON = ("kind", "samples", "tokens", "update", "batch")  # what is no technique's
+_COMMON = ("kind", "samples", "tokens", "update", "plain", "batch")  # of every shape; the rest comes from techniques
 _WARM = 2  # first timings of a shape that do not count: allocation, caches
 
 
@@ -53,7 +53,7 @@ class Ledger:
         self.counts[key] = self.counts.get(key, 0) + 1
         if key[0] != ("kind", "train"):
             return
-        shape = {name: value for name, value in key if name not in _COMMON}
+        shape = {name: value for name, value in key if name not in _COMMON or name == "plain"}
         if self._stage.get("shape") != shape:
             known = [stage for stage in self.stages if stage["shape"] == shape]
             self._stage = known[0] if known else {"shape": shape, "first_step": step, "counts": {}, "metrics": {}}

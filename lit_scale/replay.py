@@ -128,14 +128,17 @@ def undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """
     parameters = list(pl_module.parameters())
     states = [dict(optimizer.state) for optimizer in trainer.optimizers]
-    tensors = [*parameters, *(leaf for leaf in tree_leaves(states) if isinstance(leaf, Tensor))]
+    groups = [
+        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    tensors = [*parameters, *(leaf for leaf in tree_leaves([states, groups]) if isinstance(leaf, Tensor))]
     need = sum(tensor.nbytes for tensor in [*tensors, *(p.grad for p in parameters if p.grad is not None)])
     if need > (free := _free_memory()):
         raise MemoryError(f"copies of weights and optimizer need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
     copies = [_keep(tensor) for tensor in tensors]
     gradients = [_keep(parameter.grad) for parameter in parameters]
     structures = [{key: tree_map(lambda leaf: leaf, value) for key, value in state.items()} for state in states]
-    groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
     precision = trainer.precision_plugin.state_dict()
     try:
         with _unseen(trainer, pl_module), torch.enable_grad():

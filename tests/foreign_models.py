@@ -31,6 +31,42 @@ def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
 
 
+def _timm(name: str, **options: Any) -> MakeOptimizer:
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        import timm.optim
+
+        return getattr(timm.optim, name)(list(parameters), lr=3e-3, **options)
+
+    return make
+
+
+def _eight_bit(name: str) -> MakeOptimizer:
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        import bitsandbytes
+
+        return getattr(bitsandbytes.optim, name)(parameters, lr=3e-3, min_8bit_size=16)  # small tensors as well
+
+    return make
+
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=3e-3),
+    "AdamW": adamw,
+    "AdamW, amsgrad": lambda p: torch.optim.AdamW(p, lr=3e-3, amsgrad=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=3e-3, foreach=True),
+    "LAMB": _timm("Lamb"),
+    "LARS": _timm("Lars", momentum=0.9),
+    "Lion": _timm("Lion"),
+    "Adafactor": _timm("Adafactor"),
+    "Muon": _timm("Muon"),
+    "Adan": _timm("Adan"),
+    "8-bit AdamW": _eight_bit("AdamW8bit"),
+    "8-bit Lion": _eight_bit("Lion8bit"),
+}
+
+
 class _Indexed(Dataset[dict[str, Tensor]]):
     """Sample i is a function of i alone."""
 

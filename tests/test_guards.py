@@ -322,12 +322,12 @@ class Seeds(pl.Callback):
 @pytest.mark.parametrize("stop", [7, 16])
 def test_the_counter_goes_on_where_it_stopped(tmp_path: Path, stop: int) -> None:
     logs = [Seeds(), Seeds(), Seeds()]
-    trainer(tmp_path, logs[0], StepSeed()).fit(Net(), data())
+    trainer(tmp_path, StepSeed(), logs[0]).fit(Net(), data())
     with pytest.raises(KeyError):
-        trainer(tmp_path, logs[1], StepSeed(), SaveAt(stop, tmp_path / "a.ckpt")).fit(Net(), data())
-    trainer(tmp_path, logs[2], StepSeed()).fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
+        trainer(tmp_path, StepSeed(), logs[1], SaveAt(stop, tmp_path / "a.ckpt")).fit(Net(), data())
+    trainer(tmp_path, StepSeed(), logs[2]).fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
     assert logs[1].seeds + logs[2].seeds == logs[0].seeds
-    assert len(set(logs[0].seeds)) == 32, "StepSeed goes first, and no batch shares its seed"
+    assert len(set(logs[0].seeds)) == 32, "no batch shares its seed"
 
 
 def test_validation_draws_the_same_and_shifts_nothing(tmp_path: Path) -> None:
@@ -358,6 +358,17 @@ def test_ranks_and_seeds_draw_differently_and_cheaply() -> None:
         drawn(0, 0, 0)
         fastest = min(fastest, time.perf_counter() - start)
     assert fastest < 1e-4
+
+
+def test_the_current_cuda_device_is_seeded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    generators = (torch.Generator().manual_seed(7), torch.Generator())
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    loop, device = SimpleNamespace(total_batch_idx=0), SimpleNamespace(root_device=torch.device("cuda", 1))
+    fake: Any = SimpleNamespace(global_rank=1, strategy=device, fit_loop=loop)
+    StepSeed().on_train_batch_start(fake, fake, None, 0)
+    assert generators[1].initial_seed() == torch.initial_seed()
+    assert generators[0].initial_seed() == 7
 
 
 # --- PreemptionGuard, with real signals to this process; more in test_guards_processes.py -----------------------------
@@ -415,18 +426,27 @@ def preempt(tmp_path: Path, hook: str, at: int, **options: Any) -> tuple[int, Pa
 
 
 @pytest.mark.parametrize(
-    ("hook", "at", "step"),
+    ("hook", "at", "step", "options"),
     [
-        ("batch", 4, 3),  # in the first half of a window: leaves at its end
-        ("batch", 5, 3),
-        ("batch", 7, 5),  # validation follows step 4
-        ("batch", 15, 9),  # validation and the epoch's end follow step 8
-        ("batch", 16, 9),
-        ("validation", 4, 5),
+        ("batch", 4, 3, {}),  # in the first half of a window: leaves at its end
+        ("batch", 5, 3, {}),
+        ("batch", 7, 5, {}),  # validation follows step 4
+        ("batch", 15, 9, {}),  # validation and the epoch's end follow step 8
+        ("batch", 16, 9, {}),
+        ("validation", 4, 5, {}),
+        ("batch", 15, 9, {"check_val_every_n_epoch": None, "val_check_interval": 10}),  # the epoch's end alone
+        (
+            "batch",
+            19,
+            11,
+            {"check_val_every_n_epoch": None, "val_check_interval": 10},
+        ),  # validation counted over epochs
     ],
 )
-def test_preempted_and_resumed_is_uninterrupted(tmp_path: Path, hook: str, at: int, step: int) -> None:
-    left_at, path, straight, logged, exact = preempt(tmp_path, hook, at)
+def test_preempted_and_resumed_is_uninterrupted(
+    tmp_path: Path, hook: str, at: int, step: int, options: dict[str, Any]
+) -> None:
+    left_at, path, straight, logged, exact = preempt(tmp_path, hook, at, **options)
     assert left_at == step
     assert path.name == f"preempted-step={step}.ckpt"
     assert logged == straight, "no batch, validation or end of an epoch is left out or done twice"
@@ -452,12 +472,20 @@ def test_lightning_leaves_out_what_follows_a_step_it_resumes_from(tmp_path: Path
     assert "start 1" not in log.events
 
 
-@pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 8}])
-def test_a_run_that_ends_first_ends_normally(tmp_path: Path, limit: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("at", "steps", "options"),
+    [
+        (15, 8, {"max_epochs": 1}),
+        (9, 5, {"max_steps": 5}),
+        (13, 8, {"max_epochs": 1, "val_check_interval": 14}),  # waits for the next step, which is the last
+    ],
+)
+def test_a_run_that_ends_first_ends_normally(tmp_path: Path, at: int, steps: int, options: dict[str, int]) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    ending = trainer(tmp_path, PreemptionGuard(tmp_path / "p"), Signal("batch", 15), accumulate_grad_batches=2, **limit)
-    ending.fit(Net(), data())
-    assert ending.global_step == 8
+    guard, sent = PreemptionGuard(tmp_path / "p"), Signal("batch", at)
+    ending = trainer(tmp_path, guard, sent, accumulate_grad_batches=2, **options)
+    ending.fit(Net(), data(), torch.utils.data.DataLoader(Numbers(), batch_size=16))
+    assert ending.global_step == steps
     assert not list((tmp_path / "p").iterdir())
     assert {number: signal.getsignal(number) for number in before} == before
 
@@ -483,6 +511,16 @@ def test_it_works_again_in_the_same_process(tmp_path: Path) -> None:
         with pytest.raises(SystemExit):
             trainer(tmp_path, guard, Signal("batch", 3)).fit(Net(), data())
     trainer(tmp_path, guard).fit(Net(), data())
+
+
+def test_a_repeated_signal_does_not_cut_the_teardown_short(tmp_path: Path) -> None:
+    guard = PreemptionGuard(tmp_path)
+    stopped, seen = trainer(tmp_path, guard, Signal("batch", 3)), []
+    teardown = stopped.strategy.teardown
+    stopped.strategy.teardown = lambda: seen.append(signal.getsignal(signal.SIGTERM)) or teardown()
+    with pytest.raises(SystemExit):
+        stopped.fit(Net(), data())
+    assert seen == [guard._note]
 
 
 def test_a_second_sigint_interrupts_at_once(tmp_path: Path) -> None:

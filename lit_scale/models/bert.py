@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -47,7 +48,8 @@ class BertMLM(LightningModule):
         warmup: Fraction of the run during which the rate climbs; it then falls along a cosine to 0 at the run's end.
 
     Raises:
-        ValueError: If ``width`` is no multiple of ``num_heads``, a size is below 1, or ``norm`` unknown.
+        ValueError: If ``width`` is no multiple of ``num_heads``, a size is below 1, ``positions`` or ``norm`` unknown,
+            or a sequence longer than ``max_length``.
 
     Example:
         >>> model = BertMLM(vocab_size=300, max_length=64, depth=2, width=32, num_heads=4)
@@ -65,7 +67,7 @@ class BertMLM(LightningModule):
         width: int = 768,
         num_heads: int = 12,
         positions: Positions = "learned",
-        norm: str = "pre",
+        norm: Literal["pre", "post"] = "pre",
         dropout: float = 0.0,
         init_std: float = 0.02,
         optimizer: str = "adamw",
@@ -134,16 +136,15 @@ class BertMLM(LightningModule):
         self.log("val/accuracy", self.val_accuracy)
         self.log("val/perplexity", self.val_perplexity)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The named optimizer with decay groups; warm-up and cosine decay to zero over the run's own length."""
+        own = self.hparams
         options: dict[str, Any] = {}
-        if "adam" in self.hparams.optimizer or self.hparams.optimizer == "lamb":
-            options["betas"] = (0.9, self.hparams.beta2)
-        optimizer = create_optimizer(
-            self, self.hparams.optimizer, lr=self.hparams.lr, weight_decay=self.hparams.weight_decay, **options
-        )
+        if "adam" in own["optimizer"] or own["optimizer"] == "lamb":
+            options["betas"] = (0.9, own["beta2"])
+        optimizer = create_optimizer(self, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"], **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: warmup_cosine(progress(self.trainer), self.hparams.warmup)
+            optimizer, lambda _: warmup_cosine(progress(self.trainer), own["warmup"])
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

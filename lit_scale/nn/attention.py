@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_scale.nn.embeddings import check_length
+
 __all__ = ["Attention", "RotaryPositions"]
 
 
@@ -16,7 +18,7 @@ class RotaryPositions(nn.Module):
         base: Base of the geometric row of frequencies (10,000 in the paper, section 3.3).
 
     Raises:
-        ValueError: If ``head_width`` is odd.
+        ValueError: If ``head_width`` is odd, or a sequence longer than ``max_length``.
 
     Example:
         >>> rotary = RotaryPositions(head_width=8, max_length=16)
@@ -38,11 +40,11 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1)[:, None, :], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate ``x`` of shape (B, T, ..., D) with any number of axes between the tokens and the channels."""
+        """Rotate queries or keys ``x`` (B, T, H, D)."""
         length = x.shape[1]
-        between = (1,) * (x.ndim - 3)
-        cos, sin = (table[:length].view(length, *between, -1).to(x.dtype) for table in (self.cos, self.sin))
-        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+        check_length(length, self.cos.shape[0])
+        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+        return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))  # in place: both products are new
 
 
 class Attention(nn.Module):
@@ -87,17 +89,15 @@ class Attention(nn.Module):
         """Attend over ``x`` (B, T, C); ``mask`` is boolean, broadcastable to (B, H, T, T), true where seen."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        if self.rotary is None:
-            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
-        else:
-            query, key = self.rotary(qkv[:, :, :2]).permute(2, 0, 3, 1, 4).unbind(0)
-            value = qkv[:, :, 2].transpose(1, 2)
+        query, key, value = qkv.unbind(2)  # each (B, T, H, D); unbound here, their gradients need one copy, not two
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
         x = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=self.causal and mask is None,
         )
-        return self.out(x.transpose(1, 2).reshape(batch, length, width))
+        return self.out(x.transpose(1, 2).flatten(2))

@@ -1,6 +1,6 @@
 """Token embeddings with learned or rotary positions."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,15 @@ from torch import Tensor, nn
 __all__ = ["Embedding", "Positions"]
 
 Positions = Literal["learned", "rotary"]
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Refuse a sequence that has more tokens than there are positions."""
+    if length > max_length:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than max_length={max_length}; cut it, or build the model with "
+            f"max_length={length} or more"
+        )
 
 
 class Embedding(nn.Module):
@@ -20,6 +29,9 @@ class Embedding(nn.Module):
         positions: ``"learned"`` adds an embedding per position; ``"rotary"`` leaves positions to the attention.
         dropout: Dropout of the sum.
 
+    Raises:
+        ValueError: If ``positions`` is neither of the two, or a sequence longer than ``max_length``.
+
     Example:
         >>> Embedding(vocab_size=10, width=8, max_length=4)(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 8])
@@ -29,6 +41,9 @@ class Embedding(nn.Module):
         self, vocab_size: int, width: int, max_length: int, *, positions: Positions = "learned", dropout: float = 0.0
     ) -> None:
         super().__init__()
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions={positions!r}: choose 'learned' or 'rotary'")
+        self.max_length = max_length
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(max_length, width)) if positions == "learned" else None
         self.dropout = nn.Dropout(dropout) if dropout else None
@@ -37,6 +52,7 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed ``input_ids`` (B, T) as (B, T, C)."""
+        check_length(input_ids.shape[1], self.max_length)
         x = self.tokens(input_ids)
         if self.positions is not None:
             x = x + self.positions[: input_ids.shape[1]]

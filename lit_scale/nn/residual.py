@@ -29,7 +29,9 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """Join ``sublayer`` to the stream ``x`` of shape (B, T, C)."""
-        raise TypeError(f"{type(self).__name__} does not say how the sublayer joins the stream; use PreNorm or PostNorm")
+        raise TypeError(
+            f"{type(self).__name__} does not say how the sublayer joins the stream; use PreNorm or PostNorm"
+        )
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of the sublayer's output; the identity without it."""

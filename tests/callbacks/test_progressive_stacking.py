@@ -1,23 +1,38 @@
 import copy
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.callbacks.progressive_stacking import blocks_at_depth, growth_map
+from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import DEPTH, FOREIGN, Recorder, all_blocks, build, loader, quiet_trainer, save_every_step
+from tests.foreign_models import (
+    DEPTH,
+    FOREIGN,
+    OPTIMIZERS,
+    Recorder,
+    all_blocks,
+    build,
+    loader,
+    quiet_trainer,
+    save_every_step,
+)
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -31,7 +46,9 @@ def blocks_of(module: LightningModule) -> str:
 
 
 def same_tensors(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return list(one) == list(other) and all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
+    return list(one) == list(other) and all(
+        torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True)
+    )
 
 
 # ---- what is copied
@@ -219,7 +236,12 @@ def train(
     callbacks += [StepSeed()] * step_seed + [save_every_step(save)] * (save is not None)
     limit = {} if "max_epochs" in options else {"max_steps": STEPS}
     trainer = quiet_trainer(
-        root, callbacks=callbacks, enable_checkpointing=save is not None, val_check_interval=1, **(limit | options)
+        root,
+        callbacks=callbacks,
+        enable_checkpointing=save is not None,
+        val_check_interval=1,
+        log_every_n_steps=1,
+        **(limit | options),
     )
     train_loader: Any = loader(name, size=size, num_workers=workers)
     if plain_loader:
@@ -304,3 +326,502 @@ def test_without_the_parts_that_make_it_exact_a_resumed_run_differs(options: dic
     assert not differences(whole, train("bert", tmp_path, **options))  # the run itself repeats
     resumed = train("bert", tmp_path, resume=tmp_path / "whole" / "step=3.ckpt", **options)
     assert "weights" in differences(whole, resumed)
+
+
+# ---- when it grows
+
+
+def due(step: int, total: int, stages: Sequence[tuple[Fraction, int]]) -> int:
+    """The depth at a step, in exact arithmetic: a stage begins at the first step that is not before its start."""
+    return [depth for start, depth in stages if step >= start * total][-1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "total"),
+    [
+        ({"max_steps": 10}, 10),
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 2}, 10),
+        ({"max_epochs": 3, "limit_train_batches": 3}, 9),
+        ({"max_epochs": 4, "accumulate_grad_batches": 2}, 12),  # of 5 batches each: the third step has one
+        ({"max_steps": 6, "accumulate_grad_batches": 3}, 6),
+        ({"max_steps": 100, "max_epochs": 2}, 10),
+    ],
+    ids=str,
+)
+def test_it_grows_at_the_first_step_of_each_stage(limits: dict[str, Any], total: int, tmp_path: Path) -> None:
+    module = build("plain_torch")
+    recorder = Recorder(blocks_of(module))
+    stacking = ProgressiveStacking([(0.0, 1), (0.3, 2), (0.7, 4)])
+    trainer = quiet_trainer(tmp_path, callbacks=[stacking, recorder], **limits)
+    trainer.fit(module, loader("plain_torch", size=20))
+    assert trainer.global_step == total
+    stages = [(Fraction(0), 1), (Fraction(3, 10), 2), (Fraction(7, 10), 4)]
+    previous = 0
+    for done, depth in recorder.depths:  # one for each micro-batch: nothing changes within an accumulation window
+        assert depth == due(previous, total, stages)
+        previous = done
+
+
+def test_a_run_limited_by_time_goes_through_all_stages(tmp_path: Path) -> None:
+    module = build("plain_torch")
+    recorder = Recorder(blocks_of(module))
+    stacking = ProgressiveStacking([(0.0, 1), (0.2, 2), (0.4, 4)])
+    trainer = quiet_trainer(tmp_path, max_time={"seconds": 2}, max_epochs=-1, callbacks=[stacking, recorder])
+    trainer.fit(module, loader("plain_torch"))
+    depths = [depth for _, depth in recorder.depths]
+    assert set(depths) == {1, 2, 4}
+    assert depths == sorted(depths)
+
+
+def test_stages_that_fall_into_one_step_are_made_up_for_one_by_one(tmp_path: Path) -> None:
+    module = build("plain_torch")
+    recorder = Recorder(blocks_of(module))
+    stacking = ProgressiveStacking([(0.0, 1), (0.3, 2), (0.4, 4)])
+    quiet_trainer(tmp_path, max_steps=2, callbacks=[stacking, recorder]).fit(module, loader("plain_torch"))
+    assert [depth for _, depth in recorder.depths] == [1, 4]
+
+
+def test_the_number_of_active_blocks_is_logged_where_lightning_writes(tmp_path: Path) -> None:
+    logger = DictLogger()
+    trainer = quiet_trainer(
+        tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES)], logger=logger, log_every_n_steps=2
+    )
+    trainer.fit(build("plain_torch"), loader("plain_torch"))
+    written = {step: row["progressive_stacking/active_blocks"] for step, row in logger.rows if "train/loss" in row}
+    assert written == {1: 1.0, 3: 2.0, 5: 4.0, 7: 4.0}
+
+
+class DictLogger(Logger):
+    name = version = "memory"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def test_a_second_fit_of_the_same_model_starts_over(tmp_path: Path) -> None:
+    module, stacking = build("plain_torch"), ProgressiveStacking(STAGES)
+    depths = []
+    for _ in range(2):
+        recorder = Recorder(blocks_of(module))
+        before = copy.deepcopy(module)
+        trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), stacking, recorder])
+        trainer.fit(module, loader("plain_torch"))
+        depths.append(recorder.depths)
+    assert depths[0] == depths[1]
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), ProgressiveStacking(STAGES)])
+    trainer.fit(before, loader("plain_torch"))
+    assert same_tensors(before.state_dict(), module.state_dict())  # nothing of the first fit was left over
+
+
+def test_a_fit_that_ended_half_grown_is_taken_up_at_its_depth(tmp_path: Path) -> None:
+    module = build("plain_torch")
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), StopAt(3)])
+    trainer.fit(module, loader("plain_torch"))
+    assert len(module.net.layers) == 2  # type: ignore[union-attr, arg-type]
+    recorder = Recorder(blocks_of(module))
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), recorder])
+    trainer.fit(module, loader("plain_torch"))
+    assert [depth for _, depth in recorder.depths] == [2] * 5 + [4] * 3
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def test_weights_that_are_loaded_in_the_modules_setup_leave_the_stages_as_they_are(tmp_path: Path) -> None:
+    module = build("plain_torch")
+    pretrained = build("plain_torch", seed=5).state_dict()
+    module.setup = lambda stage: module.load_state_dict(pretrained)  # type: ignore[method-assign, assignment]
+    recorder = Recorder(blocks_of(module))
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), recorder])
+    trainer.fit(module, loader("plain_torch"))
+    assert [depth for _, depth in recorder.depths] == [1, 1, 2, 2, 2, 4, 4, 4]
+
+
+# ---- learning rate, frozen blocks, averages, compilation, optimizers
+
+
+class Applied(Callback):
+    """The learning rate of every step as plain SGD applied it to one parameter, and as its schedule had it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.applied: list[float] = []
+        self.scheduled: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.before = pl_module.get_parameter(self.name).detach().clone()
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        pass
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.scheduled += [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        parameter = pl_module.get_parameter(self.name)
+        assert parameter.grad is not None
+        moved = (self.before - parameter.detach()).double()
+        self.applied.append((moved.norm() / parameter.grad.double().norm()).item())
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02)
+
+
+def test_rewarmup_scales_the_update_and_no_schedule_sees_it(tmp_path: Path) -> None:
+    runs = []
+    for rewarmup in (0.0, 0.25):
+        module, applied = build("plain_torch", optimizer=sgd), Applied("net.head.weight")
+        stacking = ProgressiveStacking([(0.0, 1), (0.2, 2), (0.6, 4)], rewarmup=rewarmup)
+        trainer = quiet_trainer(tmp_path, max_steps=20, callbacks=[stacking, applied])
+        trainer.fit(module, loader("plain_torch"))
+        runs.append(applied)
+        assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+    without, scaled = runs
+    assert without.scheduled == scaled.scheduled
+    assert without.applied == pytest.approx(without.scheduled, rel=1e-3)
+    # over 0.25 x 20 = 5 steps after the growths at steps 4 and 12
+    factors = [1.0] * 4 + [0.0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 3 + [0.0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 3
+    expected = [factor * rate for factor, rate in zip(factors, scaled.scheduled, strict=True)]
+    assert scaled.applied == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_an_exception_in_a_scaled_step_leaves_the_rate_as_it_was(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+            assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0 or trainer.global_step < 4
+            if trainer.global_step == 4:
+                raise RuntimeError("here")
+
+    stacking = ProgressiveStacking([(0.0, 2), (0.5, 4)], rewarmup=0.25)
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[stacking, Fails()])
+    with pytest.raises(RuntimeError, match="here"):
+        trainer.fit(build("plain_torch", optimizer=sgd), loader("plain_torch"))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] > 0
+
+
+class Gradients(Callback):
+    """Which top-level parts and blocks got a gradient at each step."""
+
+    def __init__(self, blocks: str) -> None:
+        self.blocks = blocks
+        self.seen: list[set[str]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        trained = {name for name, p in pl_module.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
+        self.seen.append(trained)
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["bert", "timm_vit", "torch_encoder"])
+def test_freeze_old_trains_only_what_lies_above_the_old_blocks(name: str, compiled: bool, tmp_path: Path) -> None:
+    module = build(name, dropout=0.0)
+    path = blocks_of(module)
+    if compiled:
+        torch._dynamo.reset()
+        for block in all_blocks(module, path):
+            block.compile(backend="eager")
+    kept = module.get_submodule(path)[1]  # type: ignore[index]
+    kept.forward = functools.partial(own_forward, kept.forward)  # as some libraries do; it must survive
+    gradients = Gradients(path)
+    trainer = quiet_trainer(
+        tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES, freeze_old=True), gradients]
+    )
+    trainer.fit(module, loader(name))
+    assert kept.forward.func is own_forward
+
+    names = [name for name, _ in module.named_parameters()]
+    inside = {i: {n for n in names if n.startswith(f"{path}.{i}.")} for i in range(DEPTH)}
+    above = {n for n in names if n.split(".")[1 if name != "bert" else 0] in {"head", "head_bias", "norm", "2"}}
+    above |= {n for n in names if n.startswith(("net.1.norm", "net.fc_norm", "encoder.norm"))}
+    below = {"bert": {"embedding.positions"}, "timm_vit": {"net.pos_embed"}, "torch_encoder": {"net.0.weight"}}
+    first, middle, last = gradients.seen[1], gradients.seen[3], gradients.seen[-1]
+    assert inside[0] & first
+    assert middle & (inside[0] | below[name]) == set()  # nothing at all below the first new block
+    assert inside[1] & middle
+    assert above & middle
+    assert all(inside[i] & last for i in range(DEPTH))
+    assert below[name] <= first & last
+    for old in inside[0] | below[name]:  # neither decay nor old moments move them
+        assert torch.equal(gradients.weights[1][old], gradients.weights[4][old])
+
+
+def own_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
+
+
+class Watch(Callback):
+    """The averages of the blocks right after a growth."""
+
+    def __init__(self, blocks: str) -> None:
+        self.blocks = blocks
+        self.copied: list[list[bool]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step not in (1, 2, 5):
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            model = getattr(callback, "_average_model", None)
+            if model is not None:
+                blocks = all_blocks(model, f"module.{self.blocks}" if hasattr(model, "module") else self.blocks)
+                first = blocks[0].state_dict()
+                self.copied.append([same_tensors(first, block.state_dict()) for block in blocks[1:]])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averages_of_new_blocks_start_as_copies_too(kind: str, order: int, tmp_path: Path) -> None:
+    average: Callback = EMAWeightAveraging(decay=0.5)
+    if kind == "swa":
+        average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    module = build("plain_torch")
+    callbacks: list[Callback] = [ProgressiveStacking(STAGES)]
+    callbacks.insert(order, average)
+    watch = Watch(blocks_of(module))
+    trainer = quiet_trainer(tmp_path, max_epochs=4, callbacks=[*callbacks, watch])
+    trainer.fit(module, loader("plain_torch", size=8))
+    # of blocks 1, 2, 3 after steps 1, 2 and 5: none is a copy of block 0, then 1 is, then 2 is, and 1 has moved on
+    assert watch.copied == [[False, False, False], [True, False, False], [False, True, False]]
+
+
+def test_an_average_that_missed_growth_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProgressiveStacking, "_averages", lambda self, trainer: [])
+    module = build("plain_torch")
+    watch = Watch(blocks_of(module))
+    callbacks = [ProgressiveStacking(STAGES), EMAWeightAveraging(decay=0.5), watch]
+    quiet_trainer(tmp_path, max_steps=STEPS, callbacks=callbacks).fit(module, loader("plain_torch", size=8))
+    assert watch.copied == [[False] * 3] * 3
+
+
+@pytest.mark.parametrize("what", ["blocks", "network"])
+def test_compiled_networks_grow_as_eager_ones_do(what: str, tmp_path: Path) -> None:
+    weights, graphs = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        module = build("torch_encoder", dropout=0.0)
+        if compiled and what == "blocks":
+            for block in all_blocks(module, blocks_of(module)):
+                block.compile(backend="eager", fullgraph=True)
+        elif compiled:
+            module.net = torch.compile(module.net, backend="eager", fullgraph=True)  # type: ignore[assignment]
+        trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES)])
+        trainer.fit(module, loader("torch_encoder"))
+        weights.append(list(module.state_dict().values()))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert all(map(torch.equal, *weights))
+    assert graphs == [0, {"blocks": 1, "network": len(STAGES)}[what]]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_grows_and_resumes_exactly(name: str, tmp_path: Path) -> None:
+    def run(resume: Path | None = None) -> tuple[Trainer, LightningModule]:
+        module = build("plain_torch", seed=1 if resume else 0, optimizer=OPTIMIZERS[name])
+        trainer = quiet_trainer(
+            tmp_path,
+            max_steps=STEPS,
+            callbacks=[StepSeed(), ProgressiveStacking(STAGES, rewarmup=0.1), save_every_step(tmp_path / "whole")],
+            enable_checkpointing=True,
+        )
+        trainer.fit(module, loader("plain_torch", size=20), ckpt_path=resume)
+        return trainer, module
+
+    trainer, module = run()
+    for step in (2, 4, 6):
+        again, resumed = run(tmp_path / "whole" / f"step={step}.ckpt")
+        assert same_tensors(resumed.state_dict(), module.state_dict())
+        assert equal(again.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
+
+
+# ---- a checkpoint from the middle of a run
+
+
+@pytest.fixture(scope="module")
+def half_grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run's checkpoints, by the name of the module; ``step=4.ckpt`` has 2 of 4 blocks active."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        train(name, folder, save=folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_it_is_evaluated_at_the_depth_it_was_trained_to(
+    name: str, half_grown: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = half_grown(name)
+    weights = torch.load(folder / "step=4.ckpt", weights_only=True)["state_dict"]
+    shallow = build(name, depth=2)
+    shallow.load_state_dict({key: weights[key] for key in shallow.state_dict()})
+    data = loader(name, size=12, shuffle=False)
+    (expected,) = quiet_trainer(tmp_path).validate(shallow, data, verbose=False)
+
+    trainer = quiet_trainer(tmp_path, callbacks=[ProgressiveStacking(STAGES)])
+    module = build(name, seed=3)
+    (found,) = trainer.validate(module, data, ckpt_path=folder / "step=4.ckpt", verbose=False)
+    assert found == expected
+    assert len(module.get_submodule(blocks_of(module))) == 2  # type: ignore[arg-type]
+    (full,) = trainer.validate(module, data, ckpt_path=folder / "step=7.ckpt", verbose=False)
+    assert full["val/loss"] != expected["val/loss"]
+    assert len(module.get_submodule(blocks_of(module))) == 4  # type: ignore[arg-type]
+    if name != "bert":
+        module = build(name, seed=3)
+        (found,) = trainer.test(module, data, ckpt_path=folder / "step=4.ckpt", verbose=False)
+        assert found["test/loss"] == expected["val/loss"]
+
+
+def test_our_own_model_needs_no_callback_to_be_evaluated(half_grown: Callable[[str], Path], tmp_path: Path) -> None:
+    path = half_grown("bert") / "step=4.ckpt"
+    data = loader("bert", size=12, shuffle=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[ProgressiveStacking(STAGES)])
+    expected = trainer.validate(build("bert"), data, ckpt_path=path, verbose=False)
+    module = BertMLM.load_from_checkpoint(path)
+    assert len(module.encoder.blocks) == 2
+    assert quiet_trainer(tmp_path).validate(module, data, verbose=False) == expected
+    assert quiet_trainer(tmp_path).validate(build("bert"), data, ckpt_path=path, verbose=False) == expected
+    assert len(BertMLM.load_from_checkpoint(path.with_name("step=7.ckpt")).encoder.blocks) == 4
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_checkpoints_hold_nothing_but_tensors_and_plain_values(name: str, half_grown: Callable[[str], Path]) -> None:
+    for step in (2, 4, 7):
+        checkpoint = torch.load(half_grown(name) / f"step={step}.ckpt", weights_only=True)
+        settings = checkpoint["lit_scale_techniques"]["ProgressiveStacking"]
+        assert settings["stages"] == [list(stage) for stage in STAGES]
+        partly = [key for key in checkpoint["state_dict"] if "find_blocks" in key]
+        assert len(partly) == (step < 5)
+
+
+def test_the_technique_must_not_be_left_out_at_resume(half_grown: Callable[[str], Path], tmp_path: Path) -> None:
+    path = half_grown("bert") / "step=4.ckpt"
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS)
+    with pytest.raises(ValueError, match=r"trained with ProgressiveStacking, which is missing.*callbacks=\[Progr"):
+        trainer.fit(build("bert"), loader("bert", size=20), ckpt_path=path)
+    path = half_grown("timm_vit") / "step=4.ckpt"
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS)
+    with pytest.raises(RuntimeError, match="active blocks: resume with the technique that chose them"):
+        trainer.fit(build("timm_vit"), loader("timm_vit", size=20), ckpt_path=path)
+    path = half_grown("timm_vit") / "step=6.ckpt"  # fully grown, and so an ordinary checkpoint; the meter still knows
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[CostMeter(repeats=0)])
+    with pytest.raises(ValueError, match="trained with ProgressiveStacking, which is missing"):
+        trainer.fit(build("timm_vit"), loader("timm_vit", size=20), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"stages": [(0.0, 0.5), (0.5, 1.0)]},
+            r"stages=\[\[0.0, 0.5\], \[0.5, 1.0\]\].* differs from the checkpoint's",
+        ),
+        ({"growth": "interleave"}, "growth='interleave'.* differs from the checkpoint's growth='stack'"),
+        ({"moments": "reset"}, "moments='reset'.* differs"),
+        ({"rewarmup": 0.1}, "rewarmup=0.1.* differs"),
+        ({"freeze_old": True}, "freeze_old=True.* differs"),
+    ],
+)
+def test_settings_must_not_change_at_resume(
+    options: dict[str, Any], message: str, half_grown: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train("bert", tmp_path, stacking=options, resume=half_grown("bert") / "step=4.ckpt")
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": []}, "ascend from 0.0"),
+        ({"stages": [(0.1, 2), (0.5, 4)]}, "ascend from 0.0"),
+        ({"stages": [(0.0, 1), (0.6, 2), (0.3, 4)]}, "ascend from 0.0"),
+        ({"stages": [(0.0, 2), (0.0, 4)]}, "ascend from 0.0"),
+        ({"stages": [(0.0, 2), (1.0, 4)]}, "below 1.0"),
+        ({"stages": [(0.0, 2), (7, 4)]}, "below 1.0"),
+        ({"stages": [(-0.5, 2), (0.5, 4)]}, "ascend from 0.0"),
+        ({"stages": [(0.0, 2), (math.nan, 4)]}, "ascend from 0.0"),
+        ({"stages": [0.0, 0.5]}, r"write pairs \(start, depth\)"),
+        ({"stages": [("soon", 2)]}, r"write pairs \(start, depth\)"),
+        ({"stages": 3}, r"write pairs \(start, depth\)"),
+        ({"stages": [(0.0, 0), (0.5, 4)]}, "depth 0 is neither"),
+        ({"stages": [(0.0, -2), (0.5, 4)]}, "depth -2 is neither"),
+        ({"stages": [(0.0, -0.5), (0.5, 1.0)]}, "depth -0.5 is neither"),
+        ({"stages": [(0.0, math.nan), (0.5, 1.0)]}, "depth nan is neither"),
+        ({"stages": [(0.0, True), (0.5, 4)]}, "depth True is neither"),
+        ({"stages": [(0.0, "half"), (0.5, 4)]}, "depth 'half' is neither"),
+        ({"stages": [(0.0, 2.0), (0.5, 4.0)]}, "write blocks as an int"),
+        ({"growth": "double"}, "growth='double': choose 'stack' or 'interleave'"),
+        ({"moments": "keep"}, "moments='keep': choose 'copy', 'copy_step0' or 'reset'"),
+        ({"rewarmup": 1.0}, "rewarmup=1.0"),
+        ({"rewarmup": -0.1}, "rewarmup=-0.1"),
+        ({"rewarmup": math.nan}, "rewarmup=nan"),
+        ({"freeze_old": True, "growth": "interleave"}, "freeze_old=True needs growth='stack'"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProgressiveStacking(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": [(0.0, 0.3), (0.5, 1.0)]}, "0.3 of 4 blocks is 1.2, not a whole number"),
+        ({"stages": [(0.0, 2), (0.5, 8)]}, "depth 8 is more than the 4 blocks"),
+        ({"stages": [(0.0, 3), (0.5, 4)]}, "depth 4 is not a multiple of the depth before it, 3"),
+        ({"stages": [(0.0, 4), (0.5, 2)]}, "depth 2 is not a multiple"),
+        ({"stages": [(0.0, 2), (0.5, 2)]}, "depth 2 is not a multiple"),
+        ({"stages": [(0.0, 1), (0.5, 3)], "growth": "interleave"}, r"depths \[1, 3\] must divide 4"),
+        ({"blocks": "net.nowhere"}, "blocks='net.nowhere'.*candidates: 'net.blocks'"),
+        ({"blocks": "net.head"}, "blocks='net.head' is a Linear.*candidates: 'net.blocks'"),
+    ],
+)
+@pytest.mark.parametrize("call", ["fit", "validate"])
+def test_what_does_not_fit_the_model_is_refused_before_anything_runs(
+    options: dict[str, Any], message: str, call: str, tmp_path: Path
+) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(**options), MustNotRun()])
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer, call)(build("timm_vit"), loader("timm_vit"))
+
+
+class MustNotRun(Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("a batch was trained")
+
+    on_validation_batch_start = on_train_batch_start
+
+
+def test_a_model_whose_depth_is_of_no_stage_is_refused(half_grown: Callable[[str], Path], tmp_path: Path) -> None:
+    module = BertMLM.load_from_checkpoint(half_grown("bert") / "step=4.ckpt")
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking([(0.0, 1), (0.5, 4)])])
+    with pytest.raises(ValueError, match=r"blocks \(0, 1\) of 4 active, as in no stage"):
+        trainer.fit(module, loader("bert"))
+
+
+def test_a_step_counter_per_group_cannot_start_anew_for_some_blocks(tmp_path: Path) -> None:
+    module = build("plain_torch", optimizer=OPTIMIZERS["LAMB"])
+    trainer = quiet_trainer(tmp_path, max_steps=100, callbacks=[ProgressiveStacking(STAGES, moments="copy_step0")])
+    with pytest.raises(ValueError, match="moments='copy_step0'.*Lamb"):
+        trainer.fit(module, loader("plain_torch"))
+    assert trainer.global_step == 1  # long before the growth

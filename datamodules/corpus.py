@@ -1,0 +1,240 @@
+"""A corpus: files in, distinct documents out, split, tokenized, and cached by their content.
+
+Documents are told apart by content: equal ones count once, each falls on one side of the split by its hash, and the
+cache is found by hash as well, whatever the files are called.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import sysconfig
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_scale.datamodules.loader import derive_seed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Cache", "digest", "encode_all", "join", "load_tokenizer", "read_documents", "split_documents", "train_bpe"]
+
+_TESTS = {"test", "tests", "idle_test"}
+
+
+def digest(data: bytes) -> str:
+    """Name of some content: 128 bits of BLAKE2b in hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+# ---- documents
+
+
+def _text_of(path: Path) -> bytes | None:
+    """The content of a file, or None where it is not text: a NUL byte, or not UTF-8."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        return None
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return None
+    return data
+
+
+def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) -> list[Path]:
+    """All files in a folder and the folders in it, but for hidden ones and folders named in ``without``."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        files += [Path(parent, name) for name in names if not name.startswith(".") and name.endswith(ending)]
+    return files
+
+
+def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
+    """Read the distinct documents of a corpus, one per file.
+
+    Args:
+        corpus: Files, folders or globs as in `TextDataModule`; None reads the sources of the standard library.
+
+    Returns:
+        Content by its hash, in the order of the hashes, without empty files.
+
+    Raises:
+        ValueError: A path or glob matches nothing, a file that was named is not text, or there is no text at all.
+    """
+    named: list[Path] = []
+    found: list[Path] = []
+    if corpus is None:
+        library = Path(sysconfig.get_paths()["stdlib"])
+        found = _files_below(library, ".py", {"site-packages", *_TESTS})
+    for entry in [corpus] if isinstance(corpus, str) else corpus or []:
+        entry = os.path.expanduser(entry)
+        path = Path(entry)  # of "" it would be the current folder
+        matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(entry, recursive=True)]
+        if not matches:
+            raise ValueError(f"corpus={entry!r} matches no file: give text files, folders of them, or globs")
+        for match in matches:
+            if match.is_dir():
+                found += _files_below(match)
+            else:
+                (named if match is path else found).append(match)
+
+    contents: list[bytes] = []
+    for path in named:
+        text = _text_of(path)
+        if text is None:
+            raise ValueError(f"corpus={str(path)!r} is not text (it has a NUL byte or is not UTF-8): give UTF-8 files")
+        contents.append(text)
+    texts = [_text_of(path) for path in found if path.is_file()]
+    contents += [text for text in texts if text is not None]
+    if skipped := texts.count(None):
+        rank_zero_info(f"TextDataModule: {skipped} of {len(texts)} files are not UTF-8 text and were left out")
+    documents = {digest(text): text for text in contents if text}
+    if not documents:
+        raise ValueError(
+            f"corpus={corpus!r} holds no text (0 bytes in {len(contents)} text files): give at least one file with text"
+        )
+    return dict(sorted(documents.items()))
+
+
+def split_documents(
+    documents: dict[str, bytes], val_fraction: float, seed: int
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Divide documents into train and validation, each by its own hash and the seed.
+
+    So a document stays on its side when others come or go. One side is never empty: the document nearest to the
+    threshold changes over. A corpus of one document is cut at line ends into about a hundred pieces first.
+
+    Args:
+        documents: Content by hash.
+        val_fraction: Expected share of the documents for validation, in (0, 1).
+        seed: Another seed, another split.
+
+    Returns:
+        Documents for training and for validation, in the order given.
+    """
+    if len(documents) == 1:
+        (text,) = documents.values()
+        size, pieces = max(1, len(text) // 100), [b""]
+        for line in text.splitlines(keepends=True):
+            if len(pieces[-1]) >= size:
+                pieces.append(b"")
+            pieces[-1] += line
+        documents = dict(sorted((digest(piece), piece) for piece in pieces))
+    place = {name: derive_seed(seed, "split", name) / 2**63 for name in documents}  # uniform in [0, 1)
+    ranked = sorted(place, key=place.__getitem__)
+    count = sum(value < val_fraction for value in place.values())
+    held_out = set(ranked[: min(max(count, 1), len(ranked) - 1)])
+    return (
+        {name: text for name, text in documents.items() if name not in held_out},
+        {name: text for name, text in documents.items() if name in held_out},
+    )
+
+
+# ---- tokens
+
+
+def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
+    """Train a byte-level BPE (Sennrich et al., ACL 2016; on bytes as in GPT-2), without special tokens.
+
+    Args:
+        texts: Documents in UTF-8.
+        vocab_size: Largest number of tokens, at least 256.
+
+    Returns:
+        The tokenizer as the JSON of the ``tokenizers`` library.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
+    return tokenizer.to_str()
+
+
+def join(documents: Iterable[npt.NDArray[Any]], separator: int, dtype: type) -> npt.NDArray[Any]:
+    """All tokens in one array, each document followed by a separator."""
+    end: npt.NDArray[Any] = np.array([separator], dtype)
+    return np.concatenate([part for ids in documents for part in (ids.astype(dtype), end)] or [end[:0]])
+
+
+def encode_all(tokenizer: "Tokenizer", texts: Iterable[bytes]) -> Iterable[npt.NDArray[np.uint32]]:
+    """Token ids of each text, in order, without special tokens."""
+    remaining = iter(texts)
+    while group := [text.decode() for text in itertools.islice(remaining, 64)]:
+        for encoding in tokenizer.encode_batch_fast(group, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.uint32)
+
+
+def load_tokenizer(data: bytes) -> "Tokenizer":
+    """A tokenizer from the JSON that `train_bpe` made."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(data.decode())
+
+
+# ---- cache
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Put a file in place whole or not at all, also when the machine goes down half way."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Cache:
+    """Files named by what is in them, and per key a small index that is written last.
+
+    Two processes that build the same key at the same time cannot mix: each index names complete files only, and a
+    file whose content does not hash to its name counts as missing.
+    """
+
+    def __init__(self, folder: Path, key: str, names: Sequence[str]) -> None:
+        self.folder = folder
+        self.index = folder / f"{key}.json"
+        self.names = names
+
+    def load(self) -> dict[str, Path] | None:
+        """The files of this key by name, or None unless all are there and whole."""
+        try:
+            index = json.loads(self.index.read_bytes())
+            files = {name: self.folder / index[name] for name in self.names}
+            for path in files.values():
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+                if found != path.stem:
+                    return None
+        except (OSError, ValueError, LookupError, TypeError):  # absent, or an index that is none
+            return None
+        return files
+
+    def save(self, **contents: bytes) -> dict[str, Path]:
+        """Write the files of this key."""
+        endings = {"tokenizer": ".json"}
+        files = {name: self.folder / (digest(data) + endings.get(name, ".npy")) for name, data in contents.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            _write_atomically(path, contents[name])
+        _write_atomically(self.index, json.dumps({name: path.name for name, path in files.items()}).encode())
+        return files

@@ -1,0 +1,95 @@
+"""What a recipe says: errors in one line, and none of what Lightning says on every run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from lit_scale.guards import NonFiniteError
+
+__all__ = ["fail", "quiet", "rank", "say"]
+
+_EXPECTED = (ValueError, OSError, NonFiniteError, MisconfigurationException, ArgumentError)  # input, not our mistakes
+_NOISE = (
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡 Tip",
+    "Seed set to",
+    "`Trainer.fit` stopped",
+    "Restor",  # -ing, -ed states from the checkpoint
+    "\nDetected KeyboardInterrupt",
+    "Initializing distributed",
+    "-" * 20,
+    "distributed_backend",
+)
+_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+_KNOWN_WARNINGS = (
+    "LightningCLI's args parameter",  # which is how recipes are tested
+    r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's, of torch
+    "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
+    ".*does not have many workers",  # the meter tells what waiting for data costs
+)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Lightning says on every run; other messages and warnings pass."""
+    handlers = [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(_is_news)
+    try:
+        with warnings.catch_warnings():
+            for message in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_is_news)
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
+    """End the process with one line on stderr, or with the traceback where LIT_SCALE_TRACEBACK is set."""
+    if os.environ.get("LIT_SCALE_TRACEBACK"):
+        raise error
+    text = _one_line(error)
+    if code == 1 and not isinstance(error, _EXPECTED):
+        text = f"{type(error).__name__}: {text} (LIT_SCALE_TRACEBACK=1 shows where)"
+    console = Console(stderr=True)
+    console.print("[bold red]error[/]" + (f" (rank {rank()})" if rank() else ""), end=": ")
+    say(console, text)
+    raise SystemExit(code) from error
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was saved since the last checkpoint"
+    text = " ".join(str(error).split())
+    if isinstance(error, ArgumentError):
+        text = re.sub(r'Parser key "([^"]+)":?', r"--\1:", text)
+        text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
+    return text if len(text) < 1000 else f"{text[:1000]}..."
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def rank() -> int:
+    """That of this process; 0 where there is only one."""
+    return getattr(rank_zero_only, "rank", 0)

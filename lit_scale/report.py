@@ -1,0 +1,140 @@
+"""What a recipe shows of its records: stages, the saving, a comparison, and curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+__all__ = ["comparison_table", "plot_curves", "saving_line", "stage_table"]
+
+_PRICED = {"plain", "steps", "samples", "tokens", "flops", "reference_seconds", "first_step", "metrics"}
+_LOSS = "val/loss"
+
+
+def amount(value: float) -> str:
+    """A large number with three digits and a prefix.
+
+    Example:
+        >>> amount(950), amount(1_620_000), amount(2.5e13)
+        ('950', '1.62M', '25.0T')
+    """
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.5 or prefix == "E":
+            return f"{value:.0f}" if not prefix else f"{value:#.3g}".rstrip(".") + prefix
+        value /= 1000
+    raise AssertionError
+
+
+def seconds(value: float) -> str:
+    """Seconds with at least three digits."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def loss(metrics: dict[str, float]) -> str:
+    """The validation loss, if there is one."""
+    return f"{metrics[_LOSS]:.3f}" if _LOSS in metrics else "-"
+
+
+def stage_table(record: dict[str, Any]) -> Table:
+    """What each stage trained, for how long, and how good the model was when it ended; fits into 80 columns."""
+    label = "baseline" if record["baseline"] else record["technique"]
+    table = Table(title=f"{record['recipe']}: {label}", box=box.SIMPLE_HEAD, title_style="bold", show_footer=True)
+    stages = record["stages"]
+    names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]
+    for name in names:
+        table.add_column(name.replace("_", " "), "all" if name == names[0] else "", justify="right")
+    for name, total in {
+        "from step": "",
+        "steps": f"{record['steps']:,}",
+        "tokens": amount(record["tokens"]),
+        "FLOPs": amount(record["flops"]),
+        "ref. s": seconds(record["reference_seconds"]),
+        "val loss": loss(record["metrics"]),
+    }.items():
+        table.add_column(name, total, justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_row(
+            *(str(stage[name]) for name in names),
+            f"{stage['first_step']:,}",
+            f"{stage['steps']:,}",
+            amount(stage["tokens"]),
+            amount(stage["flops"]),
+            seconds(stage["reference_seconds"]),
+            loss(stage["metrics"]),
+        )
+    return table
+
+
+def saving_line(record: dict[str, Any]) -> str:
+    """What the technique saved against as many steps of the plain model, and what the loss means."""
+    lines = []
+    plain = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
+    if not record["baseline"] and plain is None:
+        lines.append("no step was the full model's, so there is no saving to tell: train for longer, or use --compare")
+    elif not record["baseline"] and plain is not None:
+        full = {clock: record["steps"] * plain[clock] / plain["steps"] for clock in ("flops", "reference_seconds")}
+        saved = {clock: 1 - record[clock] / max(cost, 1e-12) for clock, cost in full.items()}
+        lines += [
+            f"against {record['steps']:,} steps of the full model: {_change(-saved['flops'])} FLOPs, "
+            f"{_change(-saved['reference_seconds'])} reference seconds",
+            "(at equal steps, not equal loss; for that there is benchmarks/savings.py)",
+        ]
+    value, entropy = record["metrics"].get(_LOSS), record.get("unigram_entropy")
+    if value is not None and entropy:
+        side = "below" if value <= entropy else "above"
+        distance = f"{abs(1 - value / entropy):.0%} {side}"
+        lines.append(f"validation loss {value:.3f} nats, {distance} the unigram entropy, {entropy:.3f}")
+    return "\n".join(lines)
+
+
+def _change(fraction: float) -> str:
+    return f"{fraction:+.0%}"
+
+
+def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
+    """The runs of a comparison side by side, and how the last differs from the first."""
+    table = Table(title="at equal steps, not equal loss", box=box.SIMPLE_HEAD, title_style="bold")
+    first, last = list(records.values())[0], list(records.values())[-1]
+    table.add_column("")
+    for name in (*records, "change"):
+        table.add_column(name, justify="right")
+    rows = {"steps": "{:,}".format, "tokens": amount, "flops": amount, "reference_seconds": seconds}
+    rows |= {"wall_seconds": seconds}
+    if first["hardware"]["gpus"]:  # what a process held on a CPU only grows from run to run
+        rows |= {"peak_memory_bytes": amount}
+    for name, form in rows.items():
+        change = _change(last[name] / first[name] - 1) if first[name] else ""
+        table.add_row(name.replace("_", " "), *(form(record[name]) for record in records.values()), change)
+    for metric in first["metrics"]:
+        values = [record["metrics"].get(metric, float("nan")) for record in records.values()]
+        change = _change(values[-1] / values[0] - 1) if values[0] else ""
+        table.add_row(metric, *(f"{value:.4f}" for value in values), change)
+    return table
+
+
+def plot_curves(records: dict[str, dict[str, Any]], path: Path) -> None:
+    """Validation loss over reference seconds and over FLOPs, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for a run does not start with a plot
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, clock, label in zip(axes, ("reference_seconds", "flops"), ("reference seconds", "FLOPs"), strict=True):
+        for name, record in records.items():
+            points = [(p[clock], p["metrics"][_LOSS]) for p in record["curve"] if _LOSS in p["metrics"]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    entropy = next((r["unigram_entropy"] for r in records.values() if "unigram_entropy" in r), None)
+    if entropy is not None:
+        axes[0].axhline(entropy, color="grey", linestyle=":", label="unigram entropy")
+    axes[0].set_ylabel("validation loss")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
