@@ -1,6 +1,6 @@
 """What the defaults of a technique rest on: its variants at equal FLOPs, at the baseline's learning rate.
 
-    python benchmarks/choices.py bert_progressive_stack --seeds 2
+python benchmarks/choices.py bert_progressive_stack --seeds 2
 """
 
 from __future__ import annotations

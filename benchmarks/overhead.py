@@ -11,6 +11,7 @@ and runs are compared by its own time, so that other processes do not matter.
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import statistics
 import sys
@@ -23,11 +24,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
+from throughput import interval, ratio
 from torch.utils.data import DataLoader
 
 from lit_scale.cost import CostMeter, hardware, versions, write_json
@@ -138,14 +139,6 @@ def run(size: Size, name: str, folder: Path) -> dict[str, Any]:
     return {"wall_seconds": clock.wall, "cpu_seconds": clock.cpu, "hook_seconds": spent}
 
 
-def ratio(with_it: list[float], without: list[float]) -> dict[str, float]:
-    """Median of the paired ratios and its bootstrap 95 % interval."""
-    ratios = np.array(with_it) / np.array(without)
-    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {"estimate": float(np.median(ratios)), "low": float(low), "high": float(high)}
-
-
 def measure(size: Size, repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
     """All callbacks at one size, their runs interleaved in rotating order."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CALLBACKS}
@@ -176,12 +169,11 @@ def table(result: dict[str, Any]) -> Table:
     for column in ("", "µs a step", "share of the step", "whole runs, with / without"):
         shown.add_column(column, justify="right" if column else "left")
     for name, one in result["callbacks"].items():
-        whole = one["run_ratio"]
         shown.add_row(
             name,
             f"{1e6 * one['median_seconds']:.1f}",
             f"{one['share']:.3%}",
-            f"{whole['estimate']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}]",
+            interval(one["run_ratio"]),
         )
     return shown
 
@@ -195,6 +187,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # a hundred runs end as they should
     console = Console()
     with console.status("") as status, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a loader without workers may be slow; ours holds one batch in memory

@@ -66,17 +66,32 @@ class Preset:
     choices: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
 
+def stages(*growths: tuple[float, float]) -> list[str]:
+    """Flag of progressive stacking: a quarter of the depth first, then as told."""
+    return [f"--progressive_stacking.stages={json.dumps([[0.0, 0.25], *map(list, growths)])}"]
+
+
 PRESETS: dict[str, dict[str, Preset]] = {
     "bert_progressive_stack": {
         "cpu": Preset(
-            flags=["--data.max_val_sequences=1024"],
-            lrs=[1e-3, 2e-3, 4e-3],
-            tune_steps=[400],
-            baseline_steps=[200, 400, 800],
-            technique_steps=[600, 400],
-            relative_cost=0.6,
+            flags=[],
+            lrs=[1e-3, 1.5e-3, 2.5e-3],
+            tune_steps=[600, 1_200],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[500, 750],
+            relative_cost=0.5,
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
+            choices={
+                "growth at 50% and 75%": (700, stages((0.5, 0.5), (0.75, 1.0))),
+                "growth at 30% and 60%": (560, stages((0.3, 0.5), (0.6, 1.0))),
+                "growth at 15% and 40%": (459, stages((0.15, 0.5), (0.4, 1.0))),
+                "growth at 60% and 85%": (823, stages((0.6, 0.5), (0.85, 1.0))),
+                "interleaved": (700, ["--progressive_stacking.growth=interleave"]),
+                "moments with step 0": (700, ["--progressive_stacking.moments=copy_step0"]),
+                "moments reset": (700, ["--progressive_stacking.moments=reset"]),
+                "re-warm-up over 3%": (700, ["--progressive_stacking.rewarmup=0.03"]),
+            },
         ),
         "gpu": Preset(
             flags=[
@@ -135,7 +150,7 @@ class Sweep:
             f"--seed_everything={run.seed}",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
-            f"--trainer.val_check_interval={max(1, run.steps // 4)}",
+            f"--trainer.val_check_interval={max(1, run.steps // 2)}",
             "--trainer.check_val_every_n_epoch=null",
             *(["--baseline"] if run.baseline else []),
             *(self.preset.choices[run.variant][1] if run.variant else []),

@@ -264,14 +264,13 @@ def interval(one: dict[str, float]) -> str:
 def table(result: dict[str, Any]) -> Table:
     """One size as a table."""
     shown = Table(title=result["name"], caption=f"ours / {result['fastest_peer']}: {interval(result['ratio'])}")
-    for column in ("", "ms a step", "tokens a second", "parameters", "ours / this"):
+    for column in ("", "ms a step", "tokens / s", "ours / this"):
         shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, one in result["contestants"].items():
         shown.add_row(
             name,
             f"{1e3 * one['median_seconds']:.2f}",
             f"{one['tokens_per_second']:,.0f}",
-            f"{one['parameters']:,}",
             interval(result["ratios"][name]) if name in result["ratios"] else "",
         )
     return shown

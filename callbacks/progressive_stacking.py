@@ -94,7 +94,7 @@ class ProgressiveStacking(Technique):
 
     def __init__(
         self,
-        stages: Stages = ((0.0, 0.25), (0.3, 0.5), (0.6, 1.0)),
+        stages: Stages = ((0.0, 0.25), (0.5, 0.5), (0.75, 1.0)),
         *,
         growth: Growth = "stack",
         moments: MomentRule = "copy",

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lit_scale.guards import shield_worker
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -179,6 +181,8 @@ class ResumableLoader(DataLoader[Any]):
                 kwargs["sampler"] = EpochSampler(
                     dataset, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
                 )
+        if kwargs.get("worker_init_fn") is None:
+            kwargs["worker_init_fn"] = shield_worker  # so that a signal to the whole group leaves the main process time
         kwargs.setdefault("generator", torch.Generator())  # without one, each `iter` draws from the global generator
         super().__init__(dataset, **kwargs)
         self.seed = seed

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -172,18 +171,20 @@ class BlockStack:
             self.container.__dict__.pop("_active", None)
 
     def copy(self, source: int, target: int) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Copy parameters and buffers from one block to another.
+        """Copy to all parameters and buffers of a block those of another.
 
         Returns:
             The pairs (source, target) of parameters, for whoever keeps more state per parameter.
         """
         one, other = self.blocks[source], self.blocks[target]
+        buffers = dict(one.named_buffers())
+        parameters = dict(one.named_parameters())
+        pairs = [(parameters[name], parameter) for name, parameter in other.named_parameters()]
         with torch.no_grad():
-            for a, b in zip(
-                chain(one.parameters(), one.buffers()), chain(other.parameters(), other.buffers()), strict=True
-            ):
+            for name, buffer in other.named_buffers():
+                buffer.copy_(buffers[name])
+            for a, b in pairs:
                 b.copy_(a)
-        pairs = zip(one.parameters(), other.parameters(), strict=True)
         return [(a, b) for a, b in pairs if a is not b]  # some models share parameters between their blocks
 
     def __repr__(self) -> str:
@@ -192,14 +193,14 @@ class BlockStack:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """At least two children of one class, with parameters of the same names and shapes."""
+    """At least two children of one class, with equal names and shapes of parameters; the first may have more (T5)."""
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module._modules) < 2:
         return False
     blocks = list(module._modules.values())
     if None in blocks or len({type(block) for block in blocks}) > 1:
         return False
-    shapes = [[(name, p.shape) for name, p in block.named_parameters()] for block in blocks]
-    return bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
+    first, *others = [{name: p.shape for name, p in block.named_parameters()} for block in blocks]
+    return bool(others[0]) and others[0].items() <= first.items() and all(other == others[0] for other in others)
 
 
 def _candidates(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -222,7 +223,8 @@ def find_blocks(model: nn.Module, path: str | None = None) -> BlockStack:
     """Find the one list of repeated blocks in a network, or take the one at ``path``.
 
     A stack is a ``ModuleList`` or ``Sequential`` of at least two children of one class whose parameters agree in name
-    and shape. Without a path it is sought among those whose blocks have parts of their own, and not inside of blocks.
+    and shape, but that the first may have more, as in T5. Without a path it is sought among those whose blocks have
+    parts of their own, and not inside of blocks.
 
     Args:
         model: Any network; a LightningModule around one will do.

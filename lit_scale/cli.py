@@ -22,7 +22,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
@@ -36,7 +36,7 @@ from lit_scale.guards import (
     check_writable,
     load_checkpoint,
 )
-from lit_scale.report import comparison_table, plot_curves, saving_line, stage_table
+from lit_scale.report import comparison_table, plot_curves, priced_alike, saving_line, stage_table
 from lit_scale.technique import _MARK, Technique
 
 __all__ = ["RecipeCLI", "run_recipe"]
@@ -47,6 +47,7 @@ _LINKS = (
     ("data.vocab_size", "model.vocab_size", "instantiate"),
 )
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
+_COMPARISON = ("comparison.json", "comparison.png")
 _OURS = ("config.yaml", "result.json", "result.png", "checkpoints")  # what a run leaves in its folder
 
 
@@ -148,23 +149,25 @@ class RecipeCLI(LightningCLI):
                 config.ckpt_path = None
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from other flags, and make the folder this run's."""
-        if self.config.compare:
-            return
-        trainer = self.config.trainer
+        """Fill in what follows from other flags, and see early what cannot work."""
+        trainer, ckpt_path = self.config.trainer, self.config.ckpt_path
         if trainer.val_check_interval is None and trainer.check_val_every_n_epoch == 1:
             trainer.val_check_interval, trainer.check_val_every_n_epoch = _validation_times(trainer)
-        if "://" in str(trainer.default_root_dir):
-            raise ValueError(f"trainer.default_root_dir={trainer.default_root_dir!r}: give a local folder")
-        ckpt_path = self.config.ckpt_path
+        if trainer.accumulate_grad_batches < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
         if ckpt_path is not None and not Path(ckpt_path).exists():
             raise ValueError(f"ckpt_path={ckpt_path!r} does not exist")
-        root = Path(trainer.default_root_dir)
-        check_writable(root)
-        if rank() != 0:
-            return
+        if "://" in str(trainer.default_root_dir):
+            raise ValueError(f"trainer.default_root_dir={trainer.default_root_dir!r}: give a local folder")
+        check_writable(trainer.default_root_dir)
+
+    def take_folder(self) -> None:
+        """Make the folder this run's, now that it really starts."""
+        root, ckpt_path = Path(self.config.trainer.default_root_dir), self.config.ckpt_path
         if ckpt_path is None or not _is_inside(ckpt_path, root / "checkpoints"):
             set_aside(root, _OURS)
+        if self.arm is not None:
+            set_aside(root.parent, _COMPARISON)
         config = self.config.clone()
         config.ckpt_path = None
         (root / "config.yaml").write_text(self.parser.dump(config, skip_none=False, skip_validation=True))
@@ -188,6 +191,7 @@ class RecipeCLI(LightningCLI):
             extra={"command": shlex.join(command)},
         )
         callbacks = [
+            LambdaCallback(on_train_start=lambda trainer, _: self.take_folder() if trainer.is_global_zero else None),
             *_listed(config.callbacks),
             *([] if self.config.baseline else [self._get(self.config_init, self.recipe.group)]),
             self.meter,
@@ -227,7 +231,7 @@ class _LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
+            trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"), weights_only=False)
 
 
 class _ProgressBar(RichProgressBar):
@@ -308,8 +312,6 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
         raise ValueError(
             f"ckpt_path={ckpt_path!r}: --compare resumes from checkpoints below {root}/{{{','.join(arms)}}}"
         )
-    if rank() == 0:
-        set_aside(root, ("comparison.json", "comparison.png"))
     records: dict[str, dict[str, Any]] = {}
     for arm in arms:
         finished = root / arm / "result.json"
@@ -318,6 +320,7 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
         else:
             records |= _run_one(RecipeCLI(recipe, args, arm), console)
     if rank() == 0:
+        records["baseline"] = priced_alike(*records.values())
         plot_curves(records, root / "comparison.png")
         write_json(root / "comparison.json", records)
         console.print(comparison_table(records))

@@ -27,6 +27,7 @@ _NOISE = (
     "💡 Tip",
     "Seed set to",
     "`Trainer.fit` stopped",
+    "`Trainer(val_check_interval=1)`",
     "Restor",  # -ing, -ed states from the checkpoint
     "\nDetected KeyboardInterrupt",
     "Initializing distributed",
@@ -79,9 +80,12 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was saved since the last checkpoint"
     text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        text = text.removeprefix(f"[Errno {error.errno}] ")
     if isinstance(error, ArgumentError):
         text = re.sub(r'Parser key "([^"]+)":?', r"--\1:", text)
         text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
+        text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text).replace("Expected a ", "expected ")
     return text if len(text) < 1000 else f"{text[:1000]}..."
 
 

@@ -1,4 +1,4 @@
-"""Guards for any Trainer and any LightningModule: finite updates, exact randomness, preemption, checkpoint files.
+"""Guards for any Trainer and any LightningModule: finite updates, exact randomness, preemption, safe files.
 
     Trainer(callbacks=[StepSeed(seed=1), FiniteGuard(), PreemptionGuard()], plugins=[SafeCheckpointIO()])
 
@@ -6,50 +6,48 @@ Each works without the others and without the rest of the package, and none adds
 """
 
 import atexit
-import contextlib
-import errno
 import hashlib
-import io
 import math
 import os
-import pickle
-import pickletools
-import re
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
-import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.serialization import config as serialization
+
+from lit_scale.checkpoint_io import (
+    CheckpointError,
+    CheckpointWriteError,
+    SafeCheckpointIO,
+    check_writable,
+    load_checkpoint,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointWriteError",
+    "FiniteGuard",
+    "NonFiniteError",
+    "PreemptionGuard",
+    "SafeCheckpointIO",
+    "StepSeed",
+    "check_writable",
+    "load_checkpoint",
+    "shield_worker",
+]
 
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite; the update that would have used it was not made."""
-
-
-class CheckpointError(ValueError):
-    """A file that must not be loaded as a checkpoint: damaged, foreign or unsafe."""
-
-
-class CheckpointWriteError(OSError):
-    """A checkpoint or its folder cannot be written; what was there before is untouched."""
 
 
 class FiniteGuard(Callback):
@@ -298,204 +296,3 @@ def _await_ranks(children: "list[subprocess.Popen[bytes]]", signals: Sequence[in
             child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
-
-
-class SafeCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that are whole or absent, and are checked before they are believed.
-
-    Saving writes beside the target, syncs and renames: a kill or a full disk leaves the file before as it was, and
-    what a kill left behind is swept at the next run's first save. Loading is :func:`load_checkpoint`. Remote targets
-    (``s3://...``) are saved by Lightning's own means. ``load_from_checkpoint`` asks no plugin: check its file first.
-
-    Raises:
-        CheckpointWriteError: In saving, with path and cause.
-        CheckpointError: In loading, with path, cause and what to load instead.
-
-    Example:
-        >>> trainer = Trainer(plugins=[SafeCheckpointIO()], accelerator="cpu", logger=False)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._swept: set[Path] = set()
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        target = _local(path)
-        if target is None or storage_options is not None:
-            return super().save_checkpoint(checkpoint, os.fspath(path), storage_options)
-        folder = target.parent
-        temporary = folder / f".saving-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if folder not in self._swept:
-                _sweep(folder)
-                self._swept.add(folder)
-            with open(temporary, "wb") as file, serialization.patch("save.compute_crc32", True):  # type: ignore[attr-defined]
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-            with contextlib.suppress(OSError):  # some systems do not sync folders
-                descriptor = os.open(folder, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__  # torch covers the system's error with its own
-            if cause is None:
-                raise
-            raise _write_error(target, cause) from error
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return load_checkpoint(path, map_location)  # whatever was said about weights_only
-
-
-def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a Lightning checkpoint, every record checked by its checksum and no code in it run.
-
-    Args:
-        path: A local file, or an address that fsspec can read.
-        map_location: As in ``torch.load``.
-
-    Raises:
-        CheckpointError: With the file, the cause, and the newest intact checkpoint in the same folder.
-        FileNotFoundError: There is no such file.
-
-    Example:
-        >>> weights = load_checkpoint(folder / "last.ckpt")["state_dict"]
-    """
-    target = _local(path)
-    if target is not None and target.is_dir():
-        raise CheckpointError(f"{path}: a folder, so a sharded checkpoint; only the strategy that wrote it can load it")
-    filesystem, name = url_to_fs(str(path))
-    try:
-        with open(target, "rb") if target is not None else io.BytesIO(filesystem.cat_file(name)) as file:
-            return _read(file, map_location)
-    except CheckpointError as error:
-        good = None if target is None else _newest_intact(target)
-        advice = f"The newest intact checkpoint beside it: {good}" if good else "No intact checkpoint is beside it"
-        raise CheckpointError(f"{path}: {error}. {advice}.") from error
-
-
-def _read(file: IO[bytes], map_location: Any) -> dict[str, Any]:
-    head = file.read(2**20)
-    if not head:
-        raise CheckpointError("the file is empty")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-    except Exception as error:  # whatever a reader may stumble over in arbitrary bytes
-        if head.startswith(b"PK"):
-            raise CheckpointError(f"truncated, or damaged in its index ({error})") from error
-        called = ", ".join(_globals(head)[:3])
-        raise CheckpointError(
-            f"a bare pickle that calls {called}; refused" if called else "not a checkpoint"
-        ) from error
-    if damaged is not None:
-        raise CheckpointError(f"damaged: the record {damaged} does not match its checksum")
-    if not pickles:
-        raise CheckpointError("a zip archive, but not a checkpoint")
-    file.seek(0)
-    try:
-        # said outright, weights_only wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD
-        checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch names the first one it refuses, but not in the spelling of newer pickle protocols
-        usual = ("torch.", "collections.")
-        names = re.findall(r"GLOBAL (\S+)", str(error)) or [n for n in _globals(pickles[0]) if not n.startswith(usual)]
-        raise CheckpointError(
-            f"unsafe: loading would call {', '.join(names[:3]) or 'code'}; refused, nothing was run. If it is your "
-            "own, keep in callback state and hyperparameters only numbers, strings, tensors and plain containers"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(f"torch cannot read it ({error})") from error
-    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        raise CheckpointError("not a Lightning checkpoint; a bare state_dict goes to load_state_dict")
-    return checkpoint
-
-
-def _globals(data: bytes) -> list[str]:
-    """What a pickle would import, found without running it."""
-    found, strings = [], ["", ""]
-    with contextlib.suppress(Exception):  # it may be cut off, or no pickle at all
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                found.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.append(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    return found
-
-
-def _newest_intact(bad: Path) -> Path | None:
-    others = [path for path in bad.parent.glob(f"*{bad.suffix}") if path != bad and path.is_file()]
-    for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        with contextlib.suppress(CheckpointError, OSError), open(path, "rb") as file:
-            _read(file, "meta")
-            return path
-    return None
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what dead processes left: on this machine known by their ids, on others by an hour of silence."""
-    for path in folder.glob(".saving-*-*-*.tmp"):
-        with contextlib.suppress(OSError, ValueError):
-            host, pid, _ = path.stem.removeprefix(".saving-").rsplit("-", 2)
-            dead = time.time() - path.stat().st_mtime > 3600
-            if host == socket.gethostname():
-                try:
-                    os.kill(int(pid), 0)
-                    dead |= int(pid) == os.getpid()  # an earlier life: ids repeat in restarted containers
-                except ProcessLookupError:
-                    dead = True
-            if dead:
-                path.unlink()
-
-
-def _local(path: str | os.PathLike[str]) -> Path | None:
-    filesystem, name = url_to_fs(str(path))
-    return Path(name) if isinstance(filesystem, LocalFileSystem) else None
-
-
-def _write_error(path: Path, cause: OSError) -> CheckpointWriteError:
-    text = f"cannot write {path}: {cause.strerror or cause}; free space or choose another folder. Nothing was replaced"
-    return CheckpointWriteError(cause.errno, text)
-
-
-def check_writable(folder: str | os.PathLike[str], need: int = 2**20) -> None:
-    """Create a folder and prove that it takes files, before hours of work depend on it.
-
-    Args:
-        folder: A local folder; a remote address is left unchecked.
-        need: Bytes that must be free. Of them at most 1 MiB are written.
-
-    Raises:
-        CheckpointWriteError: With the folder and the cause.
-
-    Example:
-        >>> check_writable(folder, need=10 * 2**20)
-    """
-    path = _local(folder)
-    if path is None:
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(bytes(min(need, 2**20)))
-            file.flush()
-            os.fsync(file.fileno())
-        if (free := shutil.disk_usage(path).free) < need:
-            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, {need / 2**20:.0f} MiB needed")
-    except OSError as error:
-        raise _write_error(path, error) from error

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["comparison_table", "plot_curves", "saving_line", "stage_table"]
+__all__ = ["comparison_table", "plot_curves", "priced_alike", "saving_line", "stage_table"]
 
 _PRICED = {"plain", "steps", "samples", "tokens", "flops", "reference_seconds", "first_step", "metrics"}
 _LOSS = "val/loss"
@@ -92,6 +92,30 @@ def saving_line(record: dict[str, Any]) -> str:
 
 def _change(fraction: float) -> str:
     return f"{fraction:+.0%}"
+
+
+def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The baseline with the prices of the technique's run for the steps that both made.
+
+    There the shapes were timed in turn. Two runs are timed at different times, of which one may be a slow one.
+    """
+
+    def same(shape: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(shape[name] for name in ("kind", "samples", "tokens", "update", "batch"))
+
+    prices = {same(shape): shape["seconds_each"] for shape in record["shapes"] if shape["plain"]}
+    shapes = [shape | {"seconds_each": prices.get(same(shape), shape["seconds_each"])} for shape in baseline["shapes"]]
+    before, after = (
+        sum(shape["count"] * shape["seconds_each"] for shape in some if shape["kind"] == "train")
+        for some in (baseline["shapes"], shapes)
+    )
+    factor = after / before if before else 1.0
+
+    def scaled(part: dict[str, Any]) -> dict[str, Any]:
+        return part | {"reference_seconds": part["reference_seconds"] * factor}
+
+    parts = {name: [scaled(part) for part in baseline[name]] for name in ("curve", "stages")}
+    return scaled(baseline) | parts | {"shapes": shapes}
 
 
 def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
