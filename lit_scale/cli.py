@@ -70,8 +70,8 @@ class Recipe:
 
     @property
     def group(self) -> str:
-        """Name of the technique's flags and result files: that of its class in snake case."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.technique.__name__).lower()
+        """Name of the technique's flags and result files: ``ProgressiveStacking`` is progressive_stacking."""
+        return _snake_case(self.technique)
 
 
 class RecipeCLI(LightningCLI):
@@ -271,10 +271,9 @@ def run_recipe(
         SystemExit: With code 1 and one line of explanation for what cannot work, 2 for flags that cannot be read, 130
             or 143 after SIGINT or SIGTERM.
     """
-    caller = inspect.stack()[1].frame
+    caller = sys._getframe(1)
     file = caller.f_code.co_filename
-    group = Recipe("", "", [], model, data, technique, {}).group
-    name = name or (group if file.startswith("<") else Path(file).stem)
+    name = name or (_snake_case(technique) if file.startswith("<") else Path(file).stem)
     script = sys.argv[0] if args is None else file
     recipe = Recipe(
         name,
@@ -374,7 +373,7 @@ def _with_hint(error: ArgumentError, parser: LightningArgumentParser) -> Argumen
     """Name the flags that resemble an unknown one."""
     unknown = re.findall(r"(?:^|\s)(--[^\s=]+)", error.message.partition("unrecognized arguments:")[2])
     options = [option for action in parser._actions for option in action.option_strings]
-    near = [match for flag in unknown for match in difflib.get_close_matches(flag, options, n=1)]
+    near = [match for flag in unknown for match in difflib.get_close_matches(flag, options, n=1, cutoff=0.75)]
     if "unrecognized arguments:" in error.message:
         hint = f"did you mean {', '.join(near)}?" if near else "--help lists all flags"
         return ArgumentError(None, f"{error.message}; {hint}")
@@ -439,6 +438,10 @@ def _python() -> str:
     """``python`` where that is the interpreter at work, else its path."""
     found = shutil.which("python")
     return "python" if found and os.path.samefile(found, sys.executable) else sys.executable
+
+
+def _snake_case(kind: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def _is_inside(path: str | Path, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from lit_scale.guards import NonFiniteError
 
 __all__ = ["fail", "quiet", "rank", "say"]
 
-_EXPECTED = (ValueError, OSError, NonFiniteError, MisconfigurationException, ArgumentError)  # input, not our mistakes
+_EXPECTED = (ValueError, OSError, ImportError, NonFiniteError, MisconfigurationException)  # input, not our mistakes
 _NOISE = (
     "GPU available",
     "TPU available",

@@ -12,6 +12,7 @@ __all__ = ["comparison_table", "plot_curves", "priced_alike", "saving_line", "st
 
 _PRICED = {"plain", "steps", "samples", "tokens", "flops", "reference_seconds", "first_step", "metrics"}
 _LOSS = "val/loss"
+_NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 
 
 def amount(value: float) -> str:
@@ -21,16 +22,16 @@ def amount(value: float) -> str:
         >>> amount(950), amount(1_620_000), amount(2.5e13)
         ('950', '1.62M', '25.0T')
     """
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.5 or prefix == "E":
-            return f"{value:.0f}" if not prefix else f"{value:#.3g}".rstrip(".") + prefix
-        value /= 1000
-    raise AssertionError
+    prefixes = iter("kMGTPEZY")
+    prefix = ""
+    while abs(value) >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:#.3g}".rstrip(".") + prefix if prefix else f"{value:.0f}"
 
 
 def seconds(value: float) -> str:
     """Seconds with at least three digits."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
 def loss(metrics: dict[str, float]) -> str:
@@ -41,11 +42,11 @@ def loss(metrics: dict[str, float]) -> str:
 def stage_table(record: dict[str, Any]) -> Table:
     """What each stage trained, for how long, and how good the model was when it ended; fits into 80 columns."""
     label = "baseline" if record["baseline"] else record["technique"]
-    table = Table(title=f"{record['recipe']}: {label}", box=box.SIMPLE_HEAD, title_style="bold", show_footer=True)
+    table = Table(title=f"{record['recipe']}: {label}", title_style="bold", show_footer=True, **_NARROW)
     stages = record["stages"]
     names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]
     for name in names:
-        table.add_column(name.replace("_", " "), "all" if name == names[0] else "", justify="right")
+        table.add_column(name.replace("_", " "), "all" if name == names[0] else "", justify="right", no_wrap=True)
     for name, total in {
         "from step": "",
         "steps": f"{record['steps']:,}",
@@ -120,7 +121,7 @@ def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, 
 
 def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
     """The runs of a comparison side by side, and how the last differs from the first."""
-    table = Table(title="at equal steps, not equal loss", box=box.SIMPLE_HEAD, title_style="bold")
+    table = Table(title="at equal steps, not equal loss", title_style="bold", **_NARROW)
     first, last = list(records.values())[0], list(records.values())[-1]
     table.add_column("")
     for name in (*records, "change"):

@@ -2,7 +2,10 @@ import doctest
 import importlib
 from pathlib import Path
 
+import lightning
 import pytest
+import torch
+from lightning.pytorch import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
@@ -19,11 +22,13 @@ def module_name(path):
 
 
 @pytest.mark.filterwarnings("ignore")  # what an example may warn of is the affair of its part's own tests
-@pytest.mark.parametrize("name", map(module_name, FILES))
+@pytest.mark.parametrize("name", [module_name(path) for path in FILES])
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.save({"pytorch-lightning_version": lightning.__version__, "state_dict": {}}, tmp_path / "last.ckpt")
+    taken_for_granted = {"Trainer": Trainer, "folder": tmp_path}
     module = importlib.import_module(name)
-    result = doctest.testmod(module, extraglobs={"folder": tmp_path}, optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(module, extraglobs=taken_for_granted, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
     if name.startswith(("lit_scale.nn.", "lit_scale.models.")):
         assert result.attempted, f"{name} has no example"

@@ -1,7 +1,6 @@
 """The guards inside one process, against runs without the fault; taking the guard away makes the difference."""
 
 import contextlib
-import doctest
 import io
 import math
 import os
@@ -28,7 +27,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_scale import guards
 from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.guards import (
     CheckpointError,
@@ -798,15 +796,3 @@ def test_check_writable(tmp_path: Path) -> None:
     with pytest.raises(CheckpointWriteError, match=r"a: \d+ MiB are free, 1125899906842624 MiB needed"):
         check_writable(tmp_path / "a", need=2**70)
     check_writable("memory://anywhere")
-
-
-@pytest.fixture
-def example_globals(folder: Path) -> dict[str, Any]:
-    (folder / "good.ckpt").rename(folder / "last.ckpt")
-    return {"Trainer": pl.Trainer, "folder": folder} | vars(guards)
-
-
-def test_the_examples_in_the_docstrings_run(example_globals: dict[str, Any]) -> None:
-    tests = [test for test in doctest.DocTestFinder().find(guards, globs=example_globals) if test.examples]
-    assert len(tests) == 6
-    assert all(doctest.DocTestRunner().run(test).failed == 0 for test in tests)

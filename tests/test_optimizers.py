@@ -1,0 +1,230 @@
+import copy
+import io
+from collections.abc import Iterable
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_scale.optimizers import create_optimizer, transfer_state
+from tests.foreign_models import OPTIMIZERS, MakeOptimizer, PlainTorch, build, loader
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+SOURCES = {2: 0, 3: 1}  # blocks 0 and 1 are old; 2 and 3 become copies of them
+
+
+def kron(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """Its state holds lists of tensors that it changes in place, and it draws random numbers."""
+    from timm.optim import kron
+
+    with mock.patch.object(kron, "has_dynamo", False):  # it would call a C++ compiler
+        return kron.Kron(list(parameters), lr=1e-3)
+
+
+ALL: dict[str, MakeOptimizer] = OPTIMIZERS | {
+    "Kron": kron,
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "two groups": lambda p: torch.optim.AdamW(halves(p), lr=1e-2),
+}
+PER_GROUP = {"LAMB", "Adan"}
+
+
+def halves(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    every = list(parameters)
+    vectors = [p for p in every if p.ndim < 2]
+    return [{"params": vectors, "weight_decay": 0.0}, {"params": [p for p in every if p.ndim > 1], "lr": 1e-3}]
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return list(loader("plain_torch", size=32))
+
+
+def step(module: nn.Module, optimizer: Optimizer, batch: dict[str, Tensor]) -> None:
+    torch.manual_seed(3)
+    optimizer.zero_grad()
+    module.per_sample_loss(batch).mean().backward()  # type: ignore[operator]
+    optimizer.step()
+
+
+def source_of(name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["net", "layers"]:
+        parts[2] = str(SOURCES.get(int(parts[2]), int(parts[2])))
+    return ".".join(parts)
+
+
+def grown(make: MakeOptimizer, rule: Any) -> tuple[nn.Module, Optimizer, nn.Module, Optimizer]:
+    """A module that went from 2 to 4 blocks, and the module of 2 blocks it came from, each with its optimizer."""
+    deep, shallow = build("plain_torch", dropout=0.0), build("plain_torch", depth=2, dropout=0.0)
+    shallow.load_state_dict({key: value for key, value in deep.state_dict().items() if key in shallow.state_dict()})
+    whole = cast(Any, deep).net.layers
+    optimizer, other = make(deep.parameters()), make(shallow.parameters())
+    cast(Any, deep).net.layers = whole[:2]
+    for batch in batches()[:3]:
+        step(deep, optimizer, batch)
+        step(shallow, other, batch)
+    cast(Any, deep).net.layers = whole
+    pairs = []
+    for target, source in SOURCES.items():
+        whole[target].load_state_dict(whole[source].state_dict())
+        pairs += list(zip(whole[source].parameters(), whole[target].parameters(), strict=True))
+    transfer_state([optimizer], pairs, rule)
+    return deep, optimizer, shallow, other
+
+
+def reference(make: MakeOptimizer, rule: str, shallow: nn.Module, other: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """A module built with 4 blocks and its own new optimizer, given weights and state by name."""
+    module = build("plain_torch", dropout=0.0, seed=7)
+    weights = shallow.state_dict()
+    module.load_state_dict({key: weights[source_of(key)] for key in module.state_dict()})
+    optimizer = make(module.parameters())
+    if rule == "reset":
+        return module, optimizer
+    named = dict(shallow.named_parameters())
+    for name, parameter in module.named_parameters():
+        state = copy.deepcopy(dict(other.state[named[source_of(name)]]))
+        if rule == "copy_step0" and source_of(name) != name and "step" in state:
+            state["step"] = torch.zeros(()) if isinstance(state["step"], Tensor) else 0
+        optimizer.state[parameter] = state
+    for group, old in zip(optimizer.param_groups, other.param_groups, strict=True):
+        if "step" in old:
+            group["step"] = copy.deepcopy(old["step"])
+    for key in ("rng", "initialized"):  # Kron's generator; bitsandbytes notes that its tables exist
+        if hasattr(other, key):
+            setattr(optimizer, key, copy.deepcopy(getattr(other, key)))
+    return module, optimizer
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+CASES = [(name, rule) for name in ALL for rule in ("copy", "copy_step0", "reset")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [case for case in CASES if case[0] not in PER_GROUP or case[1] != "copy_step0"]
+)
+def test_the_next_updates_are_those_of_a_network_built_at_that_depth(name: str, rule: str) -> None:
+    module, optimizer, shallow, other = grown(ALL[name], rule)
+    expected, its_optimizer = reference(ALL[name], rule, shallow, other)
+    if name == "Kron" and rule == "reset":
+        its_optimizer.rng = copy.deepcopy(optimizer.rng)  # type: ignore[attr-defined]
+    assert equal(module, expected)
+    for batch in batches()[3:6]:
+        step(module, optimizer, batch)
+        step(expected, its_optimizer, batch)
+        assert equal(module, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_state_can_be_saved_afterwards_and_goes_on_from_a_file(name: str) -> None:
+    module, optimizer, _, _ = grown(ALL[name], "copy")
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(module)
+    again = ALL[name](twin.parameters())
+    again.load_state_dict(torch.load(file, weights_only=name != "Kron"))  # timm's own state of a generator
+    for batch in batches()[3:5]:
+        step(module, optimizer, batch)
+        step(twin, again, batch)
+    assert equal(module, twin)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_source_and_target_share_no_memory(name: str) -> None:
+    module, optimizer, _, _ = grown(ALL[name], "copy")
+    layers = cast(Any, module).net.layers
+    one, other = (pointers(optimizer, layers[index]) for index in (0, 2))
+    assert one.isdisjoint(other)
+    assert len(one) == len(other) > 0
+
+
+def pointers(optimizer: Optimizer, block: nn.Module) -> set[int]:
+    tables = {id(table) for table in getattr(optimizer, "name2qmap", {}).values()}  # constants, which may be shared
+    found: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor) and id(value) not in tables:
+            if value.numel() != 256:
+                found.add(value.data_ptr())
+        elif isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                visit(part)
+
+    for parameter in block.parameters():
+        visit(optimizer.state[parameter])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(PER_GROUP))
+def test_a_counter_per_group_cannot_start_anew_for_some(name: str) -> None:
+    with pytest.raises(ValueError, match="moments='copy_step0' needs a step counter per parameter, but .* per group"):
+        grown(ALL[name], "copy_step0")
+
+
+def test_a_reset_counts_its_steps_anew_where_they_are_counted_per_group() -> None:
+    _, optimizer, _, _ = grown(ALL["LAMB"], "reset")
+    assert [int(group["step"]) for group in optimizer.param_groups] == [0]
+    assert not optimizer.state
+
+
+def test_sources_without_state_and_optimizers_of_other_parameters_are_passed_over() -> None:
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    mine, foreign = torch.optim.AdamW([a, b]), torch.optim.AdamW([c])
+    transfer_state([mine, foreign], [(a, b)])
+    assert not mine.state
+    assert not foreign.state
+    a.sum().backward()
+    mine.step()
+    transfer_state([mine, foreign], [(a, b)])
+    assert set(mine.state) == {a, b}
+    assert not foreign.state
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {"foreach": True}], ids=str)
+def test_counters_on_the_device_are_copied_on_the_device(options: dict[str, bool]) -> None:
+    a, b = (nn.Parameter(torch.ones(2, device="cuda")) for _ in range(2))
+    optimizer = torch.optim.AdamW([a, b], **options)  # type: ignore[arg-type]
+    a.sum().backward()
+    optimizer.step()
+    for rule, expected in (("copy", 1.0), ("copy_step0", 0.0)):
+        transfer_state([optimizer], [(a, b)], rule)  # type: ignore[arg-type]
+        counter, source = optimizer.state[b]["step"], optimizer.state[a]["step"]
+        assert counter.device == source.device
+        assert counter.item() == expected
+        assert counter.data_ptr() != source.data_ptr()
+    b.sum().backward()
+    optimizer.step()
+
+
+# ---- construction by name
+
+
+def test_vectors_are_not_decayed_and_frozen_parameters_not_trained() -> None:
+    module = build("plain_torch")
+    assert isinstance(module, PlainTorch)
+    module.get_submodule("net.stem").requires_grad_(False)
+    optimizer = create_optimizer(module, "adamw", lr=1e-3, weight_decay=0.1)
+    named = {id(p): name for name, p in module.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] == 0.0) == (parameter.ndim <= 1), named[id(parameter)]
+    trained = {named[id(p)] for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {name for name in named.values() if not name.startswith("net.stem")}
+
+
+def test_names_are_timms_and_an_unknown_one_lists_them() -> None:
+    module = nn.Linear(2, 2)
+    assert type(create_optimizer(module, "lamb", lr=1e-3)).__name__ == "Lamb"
+    assert create_optimizer(module, "adamw", lr=1e-3, betas=(0.9, 0.98)).defaults["betas"] == (0.9, 0.98)
+    with pytest.raises(ValueError, match="optimizer='adamx' is unknown; timm has .*adamw, .*lamb, "):
+        create_optimizer(module, "adamx", lr=1e-3)

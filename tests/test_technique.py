@@ -1,0 +1,266 @@
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_scale.callbacks import ProgressiveStacking
+from lit_scale.technique import Technique, check_techniques, progress
+from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+# ---- progress
+
+
+class Progress(Callback):
+    """The progress at the start of every batch, and after the last."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.seen.append(progress(trainer))
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seen.append(progress(trainer))
+
+
+def progress_of(root: Path, data: Any = None, **limits: Any) -> list[float]:
+    seen = Progress()
+    trainer = quiet_trainer(root, callbacks=[seen], **limits)
+    trainer.fit(build("plain_torch"), loader("plain_torch", size=20) if data is None else data)
+    return seen.seen
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_steps": 4}, [0, 1 / 4, 2 / 4, 3 / 4, 1]),
+        ({"max_epochs": 2}, [step / 10 for step in range(11)]),
+        ({"max_epochs": 2, "limit_train_batches": 2}, [0, 1 / 4, 2 / 4, 3 / 4, 1]),
+        ({"max_epochs": 1, "limit_train_batches": 0.4}, [0, 1 / 2, 1]),
+        ({"max_steps": 2, "accumulate_grad_batches": 2}, [0, 0, 1 / 2, 1 / 2, 1]),
+        ({"max_epochs": 1, "accumulate_grad_batches": 2}, [0, 0, 1 / 3, 1 / 3, 2 / 3, 1]),
+        ({"max_steps": 3, "max_epochs": 100}, [0, 1 / 3, 2 / 3, 1]),
+        ({"max_steps": 100, "max_epochs": 1}, [step / 5 for step in range(6)]),
+    ],
+    ids=str,
+)
+def test_progress_goes_from_0_to_1_by_whichever_limit_is_nearest(
+    limits: dict[str, Any], expected: list[float], tmp_path: Path
+) -> None:
+    assert progress_of(tmp_path, **limits) == expected
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(loader("plain_torch", size=8).dataset)
+
+
+def test_of_a_stream_whole_epochs_are_told(tmp_path: Path) -> None:
+    stream = DataLoader(Stream(), batch_size=4)
+    assert progress_of(tmp_path, stream, max_epochs=2, limit_val_batches=0) == [0, 0, 1 / 2, 1 / 2, 1]
+
+
+def test_progress_by_the_clock_climbs_to_the_end(tmp_path: Path) -> None:
+    seen = progress_of(tmp_path, max_epochs=-1, max_time={"seconds": 1})
+    assert seen == sorted(seen)
+    assert seen[0] < 0.9
+    assert seen[-1] == 1.0
+
+
+def test_rank_0_tells_the_time_to_all() -> None:
+    timer = Timer(duration={"seconds": 100})
+    timer._offset = 30.0
+    told = []
+
+    def broadcast(fraction: float) -> float:
+        told.append(fraction)
+        return 0.75
+
+    trainer = SimpleNamespace(
+        global_step=0, max_steps=-1, max_epochs=None, callbacks=[timer], strategy=SimpleNamespace(), world_size=1
+    )
+    assert progress(trainer) == pytest.approx(0.3)  # type: ignore[arg-type]
+    trainer.strategy, trainer.world_size = SimpleNamespace(broadcast=broadcast), 2
+    assert progress(trainer) == 0.75  # type: ignore[arg-type]
+    assert told == [pytest.approx(0.3)]
+
+
+def test_a_resumed_run_goes_on_from_its_progress(tmp_path: Path) -> None:
+    saved = quiet_trainer(tmp_path, max_epochs=2, callbacks=[save_every_step(tmp_path)], enable_checkpointing=True)
+    saved.fit(build("plain_torch"), loader("plain_torch", size=20))
+    seen = Progress()
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[seen])
+    trainer.fit(build("plain_torch"), loader("plain_torch", size=20), ckpt_path=tmp_path / "step=7.ckpt")
+    assert seen.seen == [0.7, 0.8, 0.9, 1.0]
+
+
+# ---- checks at the start
+
+
+class Shallower(Technique):
+    factor = "blocks"
+
+    def __init__(self, rate: float = 0.5, names: tuple[str, ...] = ()) -> None:
+        self.rate, self.names = rate, names
+
+    def settings(self) -> dict[str, Any]:
+        return {"rate": self.rate, "names": list(self.names)}
+
+
+class Dropper(Technique):
+    factor = "blocks"
+
+
+class Sharer(Technique):
+    factor = "blocks"
+    shares_with = frozenset({"Shallower"})
+
+
+class Shorter(Technique):
+    factor = "tokens"
+
+
+class Manual(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, *_: Any) -> None:
+        raise AssertionError("a batch was trained")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, XLAStrategy, SingleDeviceXLAStrategy],
+    ids=lambda kind: kind.__name__,
+)
+@pytest.mark.parametrize("technique", [Shallower(), ProgressiveStacking()], ids=lambda t: type(t).__name__)
+def test_untested_strategies_are_refused_by_name(technique: Technique, kind: type[Strategy]) -> None:
+    strategy = kind.__new__(kind)  # some cannot be made without their hardware or package
+    trainer = SimpleNamespace(strategy=strategy, callbacks=[technique])
+    message = f"{type(technique).__name__} does not support strategy {kind.__name__}; use strategy='ddp' or one device"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        technique.setup(trainer, build("plain_torch"), "fit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy])
+def test_tested_strategies_pass(kind: type[Strategy]) -> None:
+    technique = Shallower()
+    trainer = SimpleNamespace(strategy=kind.__new__(kind), callbacks=[technique])
+    technique.setup(trainer, build("plain_torch"), "fit")  # type: ignore[arg-type]
+
+
+def test_manual_optimization_is_refused(tmp_path: Path) -> None:
+    for technique in (Shallower(), ProgressiveStacking()):
+        trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[technique])
+        message = f"{type(technique).__name__} needs automatic optimization, but Manual turned it off"
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(Manual(), loader("plain_torch"))
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([Shallower(), Dropper()], "Shallower and Dropper both change the blocks of a step; use one of them"),
+        ([ProgressiveStacking(), Dropper()], "ProgressiveStacking and Dropper both change the blocks"),
+        ([Dropper(), ProgressiveStacking()], "both change the blocks of a step"),
+    ],
+)
+def test_two_techniques_on_one_factor_are_refused(callbacks: list[Any], message: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=callbacks)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(build("plain_torch"), loader("plain_torch"))
+
+
+class TwiceStacking(ProgressiveStacking):
+    state_key = "another"  # Lightning itself refuses two callbacks of one key
+
+
+def test_a_technique_given_twice_is_refused() -> None:
+    for one, other in ((Shallower(), Shallower()), (ProgressiveStacking(), ProgressiveStacking())):
+        trainer = SimpleNamespace(strategy=SingleDeviceStrategy.__new__(SingleDeviceStrategy), callbacks=[one, other])
+        with pytest.raises(ValueError, match=f"callbacks holds {type(one).__name__} twice"):
+            one.setup(trainer, build("plain_torch"), "fit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("callbacks", [[Shallower(), Sharer()], [Sharer(), Shallower()], [Shallower(), Shorter()]])
+def test_techniques_that_can_share_pass(callbacks: list[Any], tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, max_steps=1, callbacks=callbacks).fit(build("plain_torch"), loader("plain_torch"))
+
+
+def test_evaluation_needs_none_of_these_checks(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, callbacks=[Shallower(), Dropper()])
+    trainer.validate(build("plain_torch"), loader("plain_torch"), verbose=False)
+
+
+# ---- the mark in the checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    callbacks: list[Any] = [Shallower(rate=0.25, names=("a",)), Shorter(), save_every_step(tmp_path)]
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(build("plain_torch"), loader("plain_torch"))
+    return tmp_path / "step=1.ckpt"
+
+
+def resume(checkpoint: Path, *callbacks: Callback) -> Trainer:
+    trainer = quiet_trainer(checkpoint.parent, max_steps=2, callbacks=list(callbacks))
+    trainer.fit(build("plain_torch"), loader("plain_torch"), ckpt_path=checkpoint)
+    return trainer
+
+
+def test_a_checkpoint_names_its_techniques_and_their_settings(checkpoint: Path) -> None:
+    mark = torch.load(checkpoint, weights_only=True)["lit_scale_techniques"]
+    assert mark == {"Shallower": {"rate": 0.25, "names": ["a"]}, "Shorter": {}}
+    assert resume(checkpoint, Shallower(0.25, ("a",)), Shorter()).global_step == 2
+
+
+def test_a_setting_must_not_change(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"Shallower\(rate=0.5\) differs from the checkpoint's rate=0.25; resume with"):
+        resume(checkpoint, Shallower(0.5, ("a",)), Shorter())
+
+
+def test_another_technique_notices_one_that_is_missing(checkpoint: Path) -> None:
+    message = re.escape(
+        "trained with Shallower, which is missing from this Trainer; add it: callbacks=[Shallower(rate=0.25, "
+    )
+    with pytest.raises(ValueError, match=message):
+        resume(checkpoint, Shorter())
+
+
+def test_only_training_minds(checkpoint: Path) -> None:
+    trainer = quiet_trainer(checkpoint.parent, callbacks=[Shorter()])
+    trainer.validate(build("plain_torch"), loader("plain_torch"), ckpt_path=checkpoint, verbose=False)
+    check_techniques(trainer, torch.load(checkpoint, weights_only=True))
+
+
+def test_a_checkpoint_from_before_a_setting_existed_still_resumes(checkpoint: Path) -> None:
+    stored = torch.load(checkpoint, weights_only=True)
+    del stored["lit_scale_techniques"]["Shallower"]["rate"]
+    torch.save(stored, checkpoint)
+    assert resume(checkpoint, Shallower(0.75, ("a",)), Shorter()).global_step == 2
