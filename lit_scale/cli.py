@@ -235,6 +235,9 @@ class _LastCheckpoint(ModelCheckpoint):
 
 
 class _ProgressBar(RichProgressBar):
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)  # a second
+
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs or -1
         return f"Epoch {current_epoch}" + (f"/{epochs - 1}" if epochs > 0 else "")  # not "0/-2" in a run by steps

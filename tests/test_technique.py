@@ -72,7 +72,8 @@ def test_progress_goes_from_0_to_1_by_whichever_limit_is_nearest(
 
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
-        return iter(loader("plain_torch", size=8).dataset)
+        samples = loader("plain_torch").dataset
+        return (samples[index] for index in range(8))
 
 
 def test_of_a_stream_whole_epochs_are_told(tmp_path: Path) -> None:
@@ -194,10 +195,6 @@ def test_two_techniques_on_one_factor_are_refused(callbacks: list[Any], message:
     trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=callbacks)
     with pytest.raises(ValueError, match=message):
         trainer.fit(build("plain_torch"), loader("plain_torch"))
-
-
-class TwiceStacking(ProgressiveStacking):
-    state_key = "another"  # Lightning itself refuses two callbacks of one key
 
 
 def test_a_technique_given_twice_is_refused() -> None:
