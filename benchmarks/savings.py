@@ -307,10 +307,13 @@ def main() -> None:
 def run_sweep(args: argparse.Namespace) -> None:
     """Tune, train, analyse, store, and bring the README up to date."""
     import tables
+    import torch
 
     from lit_scale.cost import write_json
 
     console = Console()
+    if args.preset == "gpu" and not torch.cuda.is_available():
+        raise SystemExit("--preset gpu needs a CUDA device, and there is none; use --preset cpu")
     preset = PRESETS[args.recipe][args.preset]
     folder = args.runs / f"{args.recipe}.{args.preset}"
     sweep = Sweep(args.recipe, args.preset, preset, folder, console, args.jobs or preset.jobs)

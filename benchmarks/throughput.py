@@ -279,8 +279,8 @@ def table(result: dict[str, Any]) -> Table:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--repeats", type=int, default=41, help="interleaved repetitions (default: 41)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each contestant in a repetition (default: 0.3)")
+    parser.add_argument("--repeats", type=int, default=151, help="interleaved repetitions (default: 151)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each contestant in a repetition (default: 0.1)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/throughput.<preset>.json")
     options = parser.parse_args(args)

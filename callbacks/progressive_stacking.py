@@ -224,7 +224,8 @@ class ProgressiveStacking(Technique):
             while self._stage < due:
                 with charge(trainer, "growth"):
                     self._grow(trainer, pl_module)
-        if trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0:  # other steps are not written
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (step + 1) % every == 0:  # what is logged at other steps is not written
             pl_module.log("progressive_stacking/active_blocks", float(len(self._stack.active)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

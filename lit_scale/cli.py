@@ -98,6 +98,7 @@ class RecipeCLI(LightningCLI):
                 "usage": "%(prog)s [--baseline | --compare] [--ckpt_path FILE] [--config FILE] [--GROUP.FLAG VALUE]",
                 "default_env": False,
                 "exit_on_error": False,
+                "allow_abbrev": False,
             },
             auto_configure_optimizers=False,  # the model has its own flags
             args=args,

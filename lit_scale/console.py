@@ -44,7 +44,7 @@ _KNOWN_WARNINGS = (
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_NOISE)
+    return not re.sub(r"^\[rank: \d+\] ", "", record.getMessage()).startswith(_NOISE)
 
 
 @contextmanager
@@ -67,7 +67,9 @@ def fail(error: BaseException, code: int) -> NoReturn:
     """End the process with one line on stderr, or with the traceback where LIT_SCALE_TRACEBACK is set."""
     if os.environ.get("LIT_SCALE_TRACEBACK"):
         raise error
-    text = _one_line(error)
+    text = _one_line(error) or type(error).__name__
+    if rank() and re.search(r"[Cc]onnection (closed|reset) by peer", text):
+        raise SystemExit(code) from error  # another rank ended first, and has said why
     if code == 1 and not isinstance(error, _EXPECTED):
         text = f"{type(error).__name__}: {text} (LIT_SCALE_TRACEBACK=1 shows where)"
     console = Console(stderr=True)

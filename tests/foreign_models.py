@@ -63,6 +63,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "Muon": _timm("Muon"),
     "Adan": _timm("Adan"),
     "8-bit AdamW": _eight_bit("AdamW8bit"),
+    "paged 8-bit AdamW": _eight_bit("PagedAdamW8bit"),
     "8-bit Lion": _eight_bit("Lion8bit"),
 }
 

@@ -38,13 +38,13 @@ def llama(depth: int) -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], str]] = {
-    "timm_vit": (lambda depth: build("timm_vit", depth=depth, dropout=0.0).net, "blocks"),  # type: ignore[return-value]
+    "timm_vit": (lambda depth: build("timm_vit", depth=depth, dropout=0.0).net, "blocks"),
     "timm_eva": (eva, "blocks"),
-    "hf_bert": (lambda depth: build("hf_bert", depth=depth).net, "encoder.layer"),  # type: ignore[return-value]
-    "hf_gpt2": (lambda depth: build("hf_gpt2", depth=depth).net, "h"),  # type: ignore[return-value]
+    "hf_bert": (lambda depth: build("hf_bert", depth=depth).net, "encoder.layer"),
+    "hf_gpt2": (lambda depth: build("hf_gpt2", depth=depth).net, "h"),
     "hf_llama": (llama, "layers"),
-    "torch_encoder": (lambda depth: build("torch_encoder", depth=depth).net, "1.layers"),  # type: ignore[return-value]
-    "plain_torch": (lambda depth: build("plain_torch", depth=depth).net, "layers"),  # type: ignore[return-value]
+    "torch_encoder": (lambda depth: build("torch_encoder", depth=depth).net, "1.layers"),
+    "plain_torch": (lambda depth: build("plain_torch", depth=depth).net, "layers"),
     "ours": (lambda depth: build("bert", depth=depth), "encoder.blocks"),
 }
 
@@ -103,7 +103,7 @@ def test_a_gated_network_computes_what_a_truncated_one_does(name: str, active: t
     expected = [None if p.grad is None else p.grad for p in small.parameters()]
     found = [p.grad for p in network.parameters() if not any(p is q for q in hidden_parameters(stack))]
     assert len(found) == len(expected)
-    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(found, expected, strict=True))  # type: ignore[arg-type]
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(p.grad is None for p in hidden_parameters(stack))
     stack.activate(range(DEPTH))
     network.train()
@@ -136,7 +136,7 @@ def test_nothing_is_left_of_the_gate_once_all_blocks_run(name: str) -> None:
     assert list(network.state_dict()) == keys
     stack.activate([0])
     stack.release()
-    assert len(stack.container) == 1  # type: ignore[arg-type]  # a network is not deepened by the way
+    assert len(stack.container) == 1  # a network is not deepened by the way
     stack.activate(range(DEPTH))
     stack.release()
     assert type(stack.container) is kind
@@ -151,18 +151,18 @@ def test_a_gated_list_shows_its_active_blocks_however_it_is_read() -> None:
     stack.activate([3, 1])
     shown = network.layers
     assert list(shown) == [blocks[1], blocks[3]]
-    assert list(shown.children()) == [blocks[1], blocks[3]]  # type: ignore[union-attr]
-    assert (shown[0], shown[-1], len(shown)) == (blocks[1], blocks[3], 2)  # type: ignore[index, arg-type]
-    assert list(shown[:1]) == [blocks[1]]  # type: ignore[index]
-    assert isinstance(shown[1:], nn.ModuleList)  # type: ignore[index]
-    assert blocks[1] in shown  # type: ignore[operator]
-    assert blocks[0] not in shown  # type: ignore[operator]
+    assert list(shown.children()) == [blocks[1], blocks[3]]
+    assert (shown[0], shown[-1], len(shown)) == (blocks[1], blocks[3], 2)
+    assert list(shown[:1]) == [blocks[1]]
+    assert isinstance(shown[1:], nn.ModuleList)
+    assert blocks[1] in shown
+    assert blocks[0] not in shown
     assert repr(stack) == "BlockStack(layers: 2 of 4 _Layer active)"
     replacement = copy.deepcopy(blocks[0])
-    shown[1] = replacement  # type: ignore[index]
+    shown[1] = replacement
     assert stack.blocks == [*blocks[:3], replacement]
     with pytest.raises(IndexError):
-        shown[2]  # type: ignore[index]
+        shown[2]
 
 
 def test_a_slice_of_a_gated_sequential_can_be_called() -> None:
@@ -192,7 +192,7 @@ def test_gradient_checkpointing_runs_the_active_blocks_only() -> None:
     network = made("timm_vit")
     find_blocks(network).activate([0, 2])
     expected = run("timm_vit", network)
-    network.set_grad_checkpointing(True)  # type: ignore[operator]
+    network.set_grad_checkpointing(True)
     assert torch.equal(run("timm_vit", network), expected)
     body = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)))
     find_blocks(nn.ModuleDict({"body": body})).activate([1, 2])

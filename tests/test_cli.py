@@ -370,9 +370,9 @@ def test_a_run_by_epochs(run):
 
 def test_a_run_by_time(run):
     record = run("--trainer.max_time=00:00:00:03")["progressive_stacking"]
-    assert 2 < record["wall_seconds"] < 30
-    assert len(record["curve"]) >= 2
-    assert record["curve"][-1]["step"] == record["steps"] > 8
+    assert 2 < record["wall_seconds"] < 60
+    assert record["curve"][-1]["step"] == record["steps"]
+    assert yaml.safe_load(Path("runs/test_cli/config.yaml").read_text())["trainer"]["max_steps"] == -1
 
 
 def test_lightnings_own_flags_still_work(run):
@@ -540,7 +540,7 @@ def test_a_comparison_prices_equal_steps_alike(run):
 
 
 @pytest.mark.slow
-def test_a_recipe_without_a_file_and_as_a_module(tmp_path, tiny_corpus):
+def test_a_recipe_as_a_module(tmp_path, tiny_corpus):
     code = (
         "from lit_scale.callbacks import ProgressiveStacking as T\nfrom lit_scale.cli import run_recipe\n"
         "from lit_scale.datamodules import TextDataModule as D\nfrom lit_scale.models import BertMLM as M\n"
@@ -549,9 +549,10 @@ def test_a_recipe_without_a_file_and_as_a_module(tmp_path, tiny_corpus):
     flags = ["--trainer.max_steps=1", f"--data.corpus={tiny_corpus}", f"--data.cache_dir={tmp_path / 'cache'}"]
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "mine.py").write_text(code)
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    for command, name in ((["-c", code], "progressive_stacking"), (["-m", "inner.mine"], "mine")):
-        done = subprocess.run([sys.executable, *command, *flags], cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / "runs" / name / "result.json").read_text())["recipe"] == name
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "inner.mine", *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs" / "mine" / "result.json").read_text())
+    assert record["recipe"] == "mine"
+    assert f"{tmp_path}/inner/mine.py --trainer.max_steps=1" in record["command"]

@@ -23,7 +23,7 @@ class Nested(Optimizer):
         super().__init__(parameters, {"lr": 1e-2})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -56,7 +56,7 @@ def batches() -> list[dict[str, Tensor]]:
 def step(module: nn.Module, optimizer: Optimizer, batch: dict[str, Tensor]) -> None:
     torch.manual_seed(3)
     optimizer.zero_grad()
-    module.per_sample_loss(batch).mean().backward()  # type: ignore[operator]
+    module.per_sample_loss(batch).mean().backward()
     optimizer.step()
 
 
@@ -104,7 +104,7 @@ def reference(make: MakeOptimizer, rule: str, shallow: nn.Module, other: Optimiz
         if "step" in old:
             group["step"] = copy.deepcopy(old["step"])
     if hasattr(other, "initialized"):  # bitsandbytes notes that its tables exist
-        optimizer.initialized = True  # type: ignore[attr-defined]
+        optimizer.initialized = True
     return module, optimizer
 
 
@@ -198,11 +198,11 @@ def test_sources_without_state_and_optimizers_of_other_parameters_are_passed_ove
 @pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {"foreach": True}], ids=str)
 def test_counters_on_the_device_are_copied_on_the_device(options: dict[str, bool]) -> None:
     a, b = (nn.Parameter(torch.ones(2, device="cuda")) for _ in range(2))
-    optimizer = torch.optim.AdamW([a, b], **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW([a, b], **options)
     a.sum().backward()
     optimizer.step()
     for rule, expected in (("copy", 1.0), ("copy_step0", 0.0)):
-        transfer_state([optimizer], [(a, b)], rule)  # type: ignore[arg-type]
+        transfer_state([optimizer], [(a, b)], rule)
         counter, source = optimizer.state[b]["step"], optimizer.state[a]["step"]
         assert counter.device == source.device
         assert counter.item() == expected

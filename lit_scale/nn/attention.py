@@ -15,6 +15,7 @@ class RotaryPositions(nn.Module):
     Args:
         head_width: Channels of one head, even.
         max_length: Longest sequence, in tokens.
+        num_heads: Heads that the tables are written out for; 1 fits any number, but on a CPU takes longer.
         base: Base of the geometric row of frequencies (10,000 in the paper, section 3.3).
 
     Raises:
@@ -29,15 +30,15 @@ class RotaryPositions(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_width: int, max_length: int, base: float = 10_000.0) -> None:
+    def __init__(self, head_width: int, max_length: int, *, num_heads: int = 1, base: float = 10_000.0) -> None:
         super().__init__()
         if head_width % 2:
             raise ValueError(f"rotary positions turn pairs of channels, but width / num_heads = {head_width} is odd")
         frequencies = base ** (-torch.arange(0, head_width, 2) / head_width)
-        angles = torch.outer(torch.arange(max_length), frequencies)  # (T, D/2)
+        angles = torch.outer(torch.arange(max_length), frequencies)[:, None].repeat(1, num_heads, 1)  # (T, H, D/2)
         # The pairs are (i, i + D/2); the minus sign of the rotation is folded into sin to save a negation a step.
-        self.register_buffer("cos", angles.cos().repeat(1, 2)[:, None, :], persistent=False)  # (T, 1, D)
-        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1)[:, None, :], persistent=False)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (T, H, D)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate queries or keys ``x`` (B, T, H, D)."""

@@ -115,7 +115,7 @@ class Encoder(nn.Module):
             raise ValueError(f"depth={depth}: an encoder needs at least one block")
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
-        positions = RotaryPositions(width // num_heads, max_length) if rotary else None
+        positions = RotaryPositions(width // num_heads, max_length, num_heads=num_heads) if rotary else None
         block = partial(
             EncoderBlock,
             width,

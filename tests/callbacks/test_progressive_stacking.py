@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -148,7 +148,7 @@ def train_reference(
         optimizer.zero_grad()
         for _ in range(accumulate):
             torch.manual_seed(1_000 + micro_batches)
-            (module.per_sample_loss(next(batches)).mean() / accumulate).backward()  # type: ignore[operator]
+            (module.per_sample_loss(next(batches)).mean() / accumulate).backward()
             micro_batches += 1
         if clip is not None:
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
@@ -181,7 +181,7 @@ def test_growth_equals_building_a_deeper_network(
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,
-        callbacks=[SeedEachBatch(), ProgressiveStacking(STAGES, **options)],  # type: ignore[arg-type]
+        callbacks=[SeedEachBatch(), ProgressiveStacking(STAGES, **options)],
     )
     trainer.fit(module, loader(name))
 
@@ -190,7 +190,7 @@ def test_growth_equals_building_a_deeper_network(
         while True:
             yield from source
 
-    expected = train_reference(name, endless(), accumulate=accumulate, clip=clip, dropout=dropout, **options)  # type: ignore[arg-type]
+    expected = train_reference(name, endless(), accumulate=accumulate, clip=clip, dropout=dropout, **options)
     assert same_tensors(module.state_dict(), expected.state_dict())
     assert type(module.get_submodule(blocks_of(module))).__name__ in {"ModuleList", "Sequential", "BlockList"}
 
@@ -223,6 +223,7 @@ def train(
     plain_loader: bool = False,
     workers: int = 0,
     size: int = 20,
+    also: Iterable[Callback] = (),
     **options: Any,
 ) -> Run:
     if resume is not None:
@@ -234,11 +235,12 @@ def train(
     if ema is not None:
         callbacks.insert({"first": 0, "last": 1}[ema], average)
     callbacks += [StepSeed()] * step_seed + [save_every_step(save)] * (save is not None)
+    callbacks += also
     limit = {} if "max_epochs" in options else {"max_steps": STEPS}
     trainer = quiet_trainer(
         root,
         callbacks=callbacks,
-        enable_checkpointing=save is not None,
+        enable_checkpointing=save is not None or bool(also),
         val_check_interval=1,
         log_every_n_steps=1,
         **(limit | options),
@@ -302,12 +304,27 @@ def check_resume(name: str, root: Path, stops: Iterable[int] = range(1, STEPS), 
         pytest.param({"stacking": {"rewarmup": 0.3, "freeze_old": True}}, id="re-warm-up, frozen"),
         pytest.param({"stacking": {"growth": "interleave", "moments": "reset"}}, id="interleaved, reset"),
         pytest.param({"stacking": {"moments": "copy_step0"}, "ema": "last"}, id="step 0"),
-        pytest.param({"workers": 2}, id="workers", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, id="mixed precision"),
+        pytest.param({"workers": 2}, id="workers"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_from_any_step(options: dict[str, Any], tmp_path: Path) -> None:
     whole = check_resume("bert", tmp_path, **options)
-    assert sorted({depth for _, depth in whole.depths}) == [1, 2, 4]
+    assert {depth for _, depth in whole.depths} >= {1, 4}
+
+
+@pytest.mark.parametrize("ema", [None, "first", "last"])
+@pytest.mark.parametrize("moment", ["validation end", "epoch end"])
+def test_a_file_from_the_end_of_an_epoch_resumes_too(moment: str, ema: str | None, tmp_path: Path) -> None:
+    # the epoch ends where the growth is due, and the file is the one before it
+    options: dict[str, Any] = {"stacking": {"stages": [(0.0, 2), (0.5, 4)]}, "max_epochs": 2, "size": 16, "ema": ema}
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=moment == "epoch end")
+    whole = train("bert", tmp_path, also=[saving], **options)
+    path = tmp_path / "epoch=0.ckpt"
+    assert any("find_blocks" in key for key in torch.load(path, weights_only=True)["state_dict"])
+    resumed = train("bert", tmp_path, resume=path, **options)
+    assert not differences(whole, resumed)
+    assert resumed.depths == [(5, 4), (6, 4), (7, 4), (8, 4)]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -370,8 +387,8 @@ def test_a_run_limited_by_time_goes_through_all_stages(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_time={"seconds": 2}, max_epochs=-1, callbacks=[stacking, recorder])
     trainer.fit(module, loader("plain_torch"))
     depths = [depth for _, depth in recorder.depths]
-    assert set(depths) == {1, 2, 4}
     assert depths == sorted(depths)
+    assert (depths[0], depths[-1]) == (1, 4)
 
 
 def test_stages_that_fall_into_one_step_are_made_up_for_one_by_one(tmp_path: Path) -> None:
@@ -425,7 +442,7 @@ def test_a_fit_that_ended_half_grown_is_taken_up_at_its_depth(tmp_path: Path) ->
     module = build("plain_torch")
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), StopAt(3)])
     trainer.fit(module, loader("plain_torch"))
-    assert len(module.net.layers) == 2  # type: ignore[union-attr, arg-type]
+    assert len(module.net.layers) == 2
     recorder = Recorder(blocks_of(module))
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), recorder])
     trainer.fit(module, loader("plain_torch"))
@@ -443,7 +460,7 @@ class StopAt(Callback):
 def test_weights_that_are_loaded_in_the_modules_setup_leave_the_stages_as_they_are(tmp_path: Path) -> None:
     module = build("plain_torch")
     pretrained = build("plain_torch", seed=5).state_dict()
-    module.setup = lambda stage: module.load_state_dict(pretrained)  # type: ignore[method-assign, assignment]
+    module.setup = lambda stage: module.load_state_dict(pretrained)
     recorder = Recorder(blocks_of(module))
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), recorder])
     trainer.fit(module, loader("plain_torch"))
@@ -536,7 +553,7 @@ def test_freeze_old_trains_only_what_lies_above_the_old_blocks(name: str, compil
         torch._dynamo.reset()
         for block in all_blocks(module, path):
             block.compile(backend="eager")
-    kept = module.get_submodule(path)[1]  # type: ignore[index]
+    kept = module.get_submodule(path)[1]
     kept.forward = functools.partial(own_forward, kept.forward)  # as some libraries do; it must survive
     gradients = Gradients(path)
     trainer = quiet_trainer(
@@ -575,7 +592,7 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step not in (1, 2, 5):
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             model = getattr(callback, "_average_model", None)
             if model is not None:
                 blocks = all_blocks(model, f"module.{self.blocks}" if hasattr(model, "module") else self.blocks)
@@ -619,7 +636,7 @@ def test_compiled_networks_grow_as_eager_ones_do(what: str, tmp_path: Path) -> N
             for block in all_blocks(module, blocks_of(module)):
                 block.compile(backend="eager", fullgraph=True)
         elif compiled:
-            module.net = torch.compile(module.net, backend="eager", fullgraph=True)  # type: ignore[assignment]
+            module.net = torch.compile(module.net, backend="eager", fullgraph=True)
         trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES)])
         trainer.fit(module, loader("torch_encoder"))
         weights.append(list(module.state_dict().values()))
@@ -679,10 +696,10 @@ def test_it_is_evaluated_at_the_depth_it_was_trained_to(
     module = build(name, seed=3)
     (found,) = trainer.validate(module, data, ckpt_path=folder / "step=4.ckpt", verbose=False)
     assert found == expected
-    assert len(module.get_submodule(blocks_of(module))) == 2  # type: ignore[arg-type]
+    assert len(module.get_submodule(blocks_of(module))) == 2
     (full,) = trainer.validate(module, data, ckpt_path=folder / "step=7.ckpt", verbose=False)
     assert full["val/loss"] != expected["val/loss"]
-    assert len(module.get_submodule(blocks_of(module))) == 4  # type: ignore[arg-type]
+    assert len(module.get_submodule(blocks_of(module))) == 4
     if name != "bert":
         module = build(name, seed=3)
         (found,) = trainer.test(module, data, ckpt_path=folder / "step=4.ckpt", verbose=False)

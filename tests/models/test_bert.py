@@ -192,9 +192,8 @@ def test_under_autocast(positions):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_it_can_be_compiled_in_one_piece(positions):
-    model, batch = bert(positions=positions), batch_of()
+def test_it_can_be_compiled_in_one_piece():
+    model, batch = bert(positions="rotary", depth=1), batch_of()
     loss = torch.compile(model.per_sample_loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(loss(batch), model.per_sample_loss(batch))
 

@@ -107,6 +107,11 @@ def test_rotary_keeps_lengths_and_leaves_its_input_alone():
     assert torch.equal(rotary(x)[:, 0], x[:, 0])
 
 
+def test_rotary_tables_written_out_for_all_heads_are_the_same_rotation():
+    x = torch.randn(2, 10, 3, 8)
+    assert torch.equal(RotaryPositions(8, 16, num_heads=3)(x), RotaryPositions(8, 16)(x))
+
+
 def test_rotary_gradient():
     rotary = RotaryPositions(4, 6).double()
     assert torch.autograd.gradcheck(rotary, torch.randn(2, 5, 3, 4, dtype=torch.double, requires_grad=True))
