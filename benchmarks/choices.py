@@ -30,6 +30,8 @@ def main() -> None:
     from lit_scale.cost import write_json
 
     preset = PRESETS[args.recipe][args.preset]
+    if not preset.choices:
+        parser.error(f"--preset {args.preset} of {args.recipe} has no variants")
     console = Console()
     sweep = Sweep(args.recipe, args.preset, preset, args.runs / f"{args.recipe}.{args.preset}", console, preset.jobs)
     runs = [
@@ -40,8 +42,8 @@ def main() -> None:
     records = sweep.make_all(runs, "variants")
     rows = []
     for variant, (steps, flags) in preset.choices.items():
-        own = [record for run, record in records.items() if run.variant == variant]
-        losses = sorted(record["metrics"][preset.metric] for record in own)
+        own = [r for run, r in sorted(records.items(), key=lambda item: item[0].seed) if run.variant == variant]
+        losses = [record["metrics"][preset.metric] for record in own]  # by seed
         flops = statistics.mean(record["flops"] for record in own)
         rows.append({"variant": variant, "steps": steps, "flags": flags, "losses": losses, "flops": flops})
     first = next(iter(records.values()))

@@ -43,7 +43,11 @@ def frontier_cost(baseline: Runs, loss: float) -> float | None:
 
 
 def saving(baseline: Runs, technique: Sequence[tuple[float, float]], *, draws: int = 2_000, seed: int = 0) -> Saving:
-    """1 - cost(technique) / frontier cost(its loss), with a 95% interval from resampling the seeds of every point.
+    """1 - cost(technique) / frontier cost(its loss), with a 95% interval by a residual bootstrap over seeds.
+
+    Few seeds per point say little about their own spread, so each side's deviations from its points' means are pooled
+    over its points (costs as ratios, losses as differences, widened by sqrt(k / (k - 1)) for k seeds), and every draw
+    gives every run a deviation from its side's pool.
 
     Args:
         baseline: Runs of the baseline by length.
@@ -52,28 +56,49 @@ def saving(baseline: Runs, technique: Sequence[tuple[float, float]], *, draws: i
         seed: Of the bootstrap.
 
     Returns:
-        The saving. Without an estimate if the technique's loss lies beyond the frontier, and without an interval if
-        more than 5% of the draws do.
+        The saving. Without an estimate if the technique's loss lies beyond the frontier; without an interval for fewer
+        than three seeds or if the draws leave the frontier too often. A draw with a better loss than the frontier's
+        best counts with the frontier's end, which understates it; one with a worse loss counts as the worst of all.
     """
+    points = [np.asarray(runs, dtype=float) for _, runs in sorted(baseline.items())]
+    own = np.asarray(technique, dtype=float)
+    means = {n: [tuple(point.mean(0))] for n, point in enumerate(points)}
+    cost, loss = own.mean(0)
+    full = frontier_cost(means, loss)
+    if full is None:
+        ends = f"{points[0].mean(0)[1]:.3f} to {points[-1].mean(0)[1]:.3f}"
+        return Saving(None, None, None, f"loss {loss:.3f} lies beyond the frontier's {ends}")
+    value = float(1 - cost / full)
+    if min(map(len, [*points, own])) < 3:
+        return Saving(value, None, None, "an interval needs three seeds of every point")
+
     rng = np.random.default_rng(seed)
+    pools = [np.concatenate([_deviations(point) for point in points]), _deviations(own)]
 
-    def resample(runs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [runs[i] for i in rng.integers(len(runs), size=len(runs))]
+    def drawn(point: np.ndarray, pool: np.ndarray) -> tuple[float, float]:
+        shift = pool[rng.integers(len(pool), size=len(point))].mean(0)
+        center = point.mean(0)
+        return float(center[0] * (1 + shift[0])), float(center[1] + shift[1])
 
-    def estimate(baseline: Runs, technique: Sequence[tuple[float, float]]) -> float | None:
-        cost, loss = np.mean(technique, axis=0)
-        full = frontier_cost(baseline, loss)
-        return None if full is None else float(1 - cost / full)
-
-    value = estimate(baseline, technique)
-    if value is None:
-        loss = float(np.mean([loss for _, loss in technique]))
-        ends = [float(np.mean([loss for _, loss in runs])) for _, runs in sorted(baseline.items())]
-        return Saving(None, None, None, f"loss {loss:.3f} lies beyond the frontier's {ends[0]:.3f} to {ends[-1]:.3f}")
-    sampled = [estimate({k: resample(runs) for k, runs in baseline.items()}, resample(technique)) for _ in range(draws)]
-    inside = [one for one in sampled if one is not None]
-    if len(inside) < 0.95 * draws:
-        share = 1 - len(inside) / draws
-        return Saving(value, None, None, f"{share:.0%} of the bootstrap draws lie beyond the frontier")
-    low, high = np.percentile(inside, [2.5, 97.5])
+    savings = np.empty(draws)
+    outside = 0
+    for draw in range(draws):
+        frontier = {n: [drawn(point, pools[0])] for n, point in enumerate(points)}
+        cost, loss = drawn(own, pools[1])
+        full = frontier_cost(frontier, loss)
+        outside += full is None
+        if full is None:
+            best = min(reached for [(_, reached)] in frontier.values())
+            full = max(spent for [(spent, _)] in frontier.values()) if loss < best else 0.0
+        savings[draw] = 1 - cost / full if full else -np.inf
+    low, high = np.quantile(savings, [0.025, 0.975], method="lower")
+    if outside > 0.05 * draws or not np.isfinite(low):
+        return Saving(value, None, None, f"{outside / draws:.0%} of the bootstrap draws lie beyond the frontier")
     return Saving(value, float(low), float(high))
+
+
+def _deviations(runs: np.ndarray) -> np.ndarray:
+    """Each run's cost as a ratio to the mean, minus 1, and its loss minus the mean, widened for the few runs."""
+    mean = runs.mean(0)
+    deviations = np.stack([runs[:, 0] / mean[0] - 1, runs[:, 1] - mean[1]], axis=1)
+    return deviations * np.sqrt(len(runs) / (len(runs) - 1))

@@ -96,14 +96,14 @@ def watched(callback: Callback) -> list[float]:
         hook = getattr(callback, name)
 
         def timed(trainer: Trainer, *args: Any) -> None:
-            before = trainer.global_step
+            step = trainer.global_step  # at a batch's end, steps done
             start = time.perf_counter()
             hook(trainer, *args)
             spent[-1] += time.perf_counter() - start
             if name == "on_train_batch_end":
-                if before <= IDLE:
+                if step <= IDLE:
                     spent[-1] = 0.0
-                elif before < trainer.max_steps:
+                elif step < trainer.max_steps:
                     spent.append(0.0)
 
         return timed
@@ -113,8 +113,8 @@ def watched(callback: Callback) -> list[float]:
     return spent
 
 
-def run(size: Size, name: str, folder: Path) -> dict[str, Any]:
-    """One short training run with one callback."""
+def run(size: Size, name: str, folder: Path) -> dict[str, float]:
+    """One short training run with one callback: seconds of a step, and those inside the callback's hooks."""
     seed_everything(0, verbose=False)
     model = BertMLM(258, size.length, depth=size.depth, width=size.width, num_heads=size.num_heads, positions="rotary")
     masked = max(1, round(0.15 * size.length))
@@ -136,12 +136,17 @@ def run(size: Size, name: str, folder: Path) -> dict[str, Any]:
         enable_model_summary=False,
     )
     trainer.fit(model, DataLoader([batch] * (IDLE + size.steps), batch_size=None))
-    return {"wall_seconds": clock.wall, "cpu_seconds": clock.cpu, "hook_seconds": spent}
+    return {
+        "wall_seconds": clock.wall,
+        "cpu_seconds": clock.cpu,
+        "median_hook_seconds": statistics.median(spent),
+        "mean_hook_seconds": statistics.fmean(spent),
+    }
 
 
 def measure(size: Size, repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
     """All callbacks at one size, their runs interleaved in rotating order."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CALLBACKS}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CALLBACKS}
     names = list(CALLBACKS)
     for repeat in range(repeats):
         shift = repeat % len(names)
@@ -153,11 +158,11 @@ def measure(size: Size, repeats: int, report: Callable[[str], None]) -> dict[str
     step = statistics.median(seconds["nothing"])
     callbacks = {}
     for name in names[1:]:
-        hooks = [second for one in runs[name] for second in one["hook_seconds"]]
+        median = statistics.median(one["median_hook_seconds"] for one in runs[name])
         callbacks[name] = {
-            "share": statistics.median(hooks) / step,
-            "median_seconds": statistics.median(hooks),
-            "mean_seconds": statistics.fmean(hooks),
+            "share": median / step,
+            "median_seconds": median,
+            "mean_seconds": statistics.fmean(one["mean_hook_seconds"] for one in runs[name]),
             "run_ratio": ratio(seconds[name], seconds["nothing"]),
         }
     return {**asdict(size), "step_seconds": step, "callbacks": callbacks, "runs": runs}

@@ -2,13 +2,14 @@
 
     python benchmarks/savings.py bert_progressive_stack --preset cpu
 
-Every run is the recipe itself in a process of its own. The order of runs is mixed, so that a slow hour of the machine
-falls on both sides; prices of equal steps are pooled over all runs. An interrupted sweep goes on where it stopped.
+Every run is the recipe itself in a process of its own, in mixed order. An interrupted sweep goes on where it stopped;
+runs of other code, flags or versions are made anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def stages(*growths: tuple[float, float]) -> list[str]:
 PRESETS: dict[str, dict[str, Preset]] = {
     "bert_progressive_stack": {
         "cpu": Preset(
-            flags=[],
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
             lrs=[1e-3, 1.5e-3, 2.5e-3],
             tune_steps=[600, 1_200],
             baseline_steps=[300, 600, 1_200],
@@ -95,17 +97,20 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "gpu": Preset(
             flags=[
+                "--trainer.accelerator=gpu",
+                "--trainer.devices=1",
                 "--trainer.precision=bf16-mixed",
                 "--model.depth=12",
                 "--model.width=512",
                 "--model.num_heads=8",
+                "--model.init_std=0.024",
                 "--data.tokenizer=bpe",
                 "--data.sequence_length=256",
                 "--data.batch_size=128",
                 "--data.num_workers=4",
             ],
             lrs=[5e-4, 1e-3, 2e-3],
-            tune_steps=[2_000],
+            tune_steps=[1_000, 8_000],
             baseline_steps=[1_000, 2_000, 4_000, 8_000],
             technique_steps=[4_000, 2_000],
             relative_cost=0.6,
@@ -142,6 +147,13 @@ class Sweep:
     jobs: int
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        files = [ROOT / "recipes" / f"{self.recipe}.py"]
+        for part in ("lit_scale", "callbacks", "datamodules"):
+            files += sorted((ROOT / part).rglob("*.py"))
+        digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
+        self.code = [digest, *(f"{name} {version(name)}" for name in ("torch", "lightning", "timm"))]
+
     def flags(self, run: Run) -> list[str]:
         return [
             *self.preset.flags,
@@ -159,20 +171,18 @@ class Sweep:
     def make(self, run: Run) -> dict[str, Any]:
         """The run's record, from its folder if the same run has been finished before."""
         folder = self.folder / run.name
-        wanted = self.flags(run)
-        result, flags = folder / "result.json", folder / "flags.json"
-        if result.exists() and flags.exists() and json.loads(flags.read_text()) == wanted:
-            record = json.loads(result.read_text())
-            if record["steps"] == run.steps:
-                return record | {"name": run.name, "learning_rate": run.lr}
+        wanted = {"flags": self.flags(run), "code": self.code}
+        result, begun, done = folder / "result.json", folder / "begun.json", folder / "done.json"
+        if result.exists() and done.exists() and json.loads(done.read_text()) == wanted:
+            return json.loads(result.read_text()) | {"name": run.name, "learning_rate": run.lr}
         folder.mkdir(parents=True, exist_ok=True)
         last = folder / "checkpoints" / "last.ckpt"
-        resumable = last.exists() and flags.exists() and json.loads(flags.read_text()) == wanted and not result.exists()
-        flags.write_text(json.dumps(wanted))
+        resumable = last.exists() and begun.exists() and json.loads(begun.read_text()) == wanted
+        begun.write_text(json.dumps(wanted))
         command = [
             sys.executable,
             str(ROOT / "recipes" / f"{self.recipe}.py"),
-            *wanted,
+            *self.flags(run),
             f"--trainer.default_root_dir={folder}",
             *([f"--ckpt_path={last}"] if resumable else []),
         ]
@@ -189,13 +199,13 @@ class Sweep:
             raise RuntimeError(f"{run.name} ended with exit code {code}:\n{tail}")
         for checkpoint in (folder / "checkpoints").glob("*.ckpt"):
             checkpoint.unlink()
+        done.write_text(json.dumps(wanted))
         return json.loads(result.read_text()) | {"name": run.name, "learning_rate": run.lr}
 
     def make_all(self, runs: Iterable[Run], what: str) -> dict[Run, dict[str, Any]]:
-        """All of these runs, several at a time, in mixed order, the long ones first."""
+        """All of these runs, several at a time, in mixed order, so that a slow hour falls on both sides."""
         runs = list(runs)
         random.Random(0).shuffle(runs)
-        runs.sort(key=lambda run: -self.weight(run) // 100)
         records: dict[Run, dict[str, Any]] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as progress:
@@ -211,7 +221,7 @@ class Sweep:
                         progress.update(task, advance=self.weight(run), done=f"{len(records)}/{len(runs)} runs")
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    for child in self.children:
+                    for child in list(self.children):
                         child.send_signal(signal.SIGTERM)
                     raise
         return records
@@ -221,42 +231,54 @@ class Sweep:
 
 
 def tuned_rates(sweep: Sweep) -> tuple[dict[int, float], list[dict[str, Any]]]:
-    """The baseline's best learning rate at each tuning length, and what was tried."""
+    """The baseline's best learning rate at each tuning length, and what was tried.
+
+    Where the best is the lowest or the highest that was tried, the next beyond it is tried too, until it is neither.
+    """
     preset = sweep.preset
-    runs = [Run(True, steps, lr, TUNING_SEED) for steps in preset.tune_steps for lr in preset.lrs]
-    records = sweep.make_all(runs, "tuning the baseline's rate")
-    tried = [
-        {"steps": run.steps, "lr": run.lr, "loss": record["metrics"][preset.metric]} for run, record in records.items()
-    ]
-    best = {
-        steps: min((one["loss"], one["lr"]) for one in tried if one["steps"] == steps)[1] for steps in preset.tune_steps
+    tried: dict[tuple[int, float], float] = {}
+    wanted = [(steps, lr) for steps in preset.tune_steps for lr in preset.lrs]
+    while wanted:
+        runs = [Run(True, steps, lr, TUNING_SEED) for steps, lr in wanted]
+        records = sweep.make_all(runs, "tuning the baseline's rate")
+        tried |= {(run.steps, run.lr): record["metrics"][preset.metric] for run, record in records.items()}
+        wanted = []
+        for steps in preset.tune_steps:
+            rates = sorted(lr for length, lr in tried if length == steps)
+            best = min(rates, key=lambda lr: tried[steps, lr])
+            if len(rates) > 1 and best == rates[0]:
+                wanted.append((steps, float(f"{best * rates[0] / rates[1]:.2g}")))
+            elif len(rates) > 1 and best == rates[-1]:
+                wanted.append((steps, float(f"{best * rates[-1] / rates[-2]:.2g}")))
+    best_rates = {
+        steps: min((loss, lr) for (length, lr), loss in tried.items() if length == steps)[1]
+        for steps in preset.tune_steps
     }
-    return best, sorted(tried, key=lambda one: (one["steps"], one["lr"]))
+    return best_rates, [{"steps": steps, "lr": lr, "loss": loss} for (steps, lr), loss in sorted(tried.items())]
 
 
-def pooled_prices(records: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """One price per shape of step: the median over the runs; steps that are plain have one price on both sides."""
-    prices: dict[str, list[float]] = {}
-    for record in records:
-        for shape in record["shapes"]:
-            prices.setdefault(shape_name(shape), []).append(shape["seconds_each"])
-    return {name: statistics.median(seconds) for name, seconds in prices.items()}
+def plain_prices(records: Iterable[dict[str, Any]]) -> float:
+    """Seconds of the plain step, the one that both sides make: the median over all runs."""
+    return statistics.median(own for record in records if (own := plain_price(record)) is not None)
 
 
-def shape_name(shape: dict[str, Any]) -> str:
-    """A shape without its prices; a plain step's without what techniques said about it."""
-    common = ("kind", "samples", "tokens", "update", "plain", "batch")
-    priced = ("count", "flops_each", "seconds_each", "price")
-    names = common if shape["plain"] else [name for name in shape if name not in priced]
-    return json.dumps({name: shape[name] for name in sorted(names)})
+def plain_price(record: dict[str, Any]) -> float | None:
+    """A run's own seconds of the plain step, the most frequent if there are several; None if it made none."""
+    plain = [s for s in record["shapes"] if s["kind"] == "train" and s["plain"] and s["update"]]
+    return max(plain, key=lambda shape: shape["count"])["seconds_each"] if plain else None
 
 
-def costs(record: dict[str, Any], prices: dict[str, float]) -> dict[str, float]:
-    """A run's cost on each clock."""
+def costs(record: dict[str, Any], plain: float) -> dict[str, float]:
+    """A run's cost on each clock.
+
+    Reference seconds rest on ratios: within a run all shapes of step were timed in turn, so the price of each relative
+    to the run's own plain step does not depend on what else the machine did; the plain step's price is common to all.
+    """
     steps = [shape for shape in record["shapes"] if shape["kind"] == "train"]
+    own = sum(shape["count"] * shape["seconds_each"] for shape in steps)
     charged = sum(one["seconds"] for one in record["charges"].values())
     return {
-        "reference_seconds": sum(shape["count"] * prices[shape_name(shape)] for shape in steps) + charged,
+        "reference_seconds": own * plain / (plain_price(record) or plain) + charged,
         "flops": float(record["flops"]),
         "wall_seconds": record["wall_seconds"],
     }
@@ -327,7 +349,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     runs = [Run(True, steps, rate(steps), seed) for steps in preset.baseline_steps for seed in seeds]
     runs += [Run(False, steps, rate(steps), seed) for steps in preset.technique_steps for seed in seeds]
     records = sweep.make_all(runs, "baseline and technique")
-    prices = pooled_prices(records.values())
+    plain = plain_prices(records.values())
     points = [
         {
             "name": run.name,
@@ -338,7 +360,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             "loss": record["metrics"][preset.metric],
             "metrics": record["metrics"],
             "unigram_entropy": record.get("unigram_entropy"),
-            **costs(record, prices),
+            **costs(record, plain),
             "shapes": record["shapes"],
             "charges": record["charges"],
             "stages": record["stages"],
@@ -362,7 +384,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "unigram_entropy": statistics.mean(entropies) if entropies else None,
         "by_length": by_length,
         "tuning": tried,
-        "prices": dict(sorted(prices.items())),
+        "plain_seconds": plain,
         "points": points,
         "flags": preset.flags,
         "parameters": first["parameters"],

@@ -37,7 +37,9 @@ def savings_table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         entropy = "" if r["unigram_entropy"] is None else f" ({r['unigram_entropy']:.2f})"
-        machine = (r["hardware"]["gpus"] or [f"{r['hardware']['cpu']}, {r['hardware']['threads']} thread a run"])[0]
+        hardware = r["hardware"]
+        cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread a run"
+        machine = hardware["gpus"][0] if r["preset"] == "gpu" else cpu
         title = r["technique"].replace("_", " ")
         cells = [
             f"[{title}](docs/{r['technique']}.md)",
@@ -138,6 +140,8 @@ def update(text: str, name: str, body: str) -> str:
     before, found, rest = text.partition(begin)
     if not found:
         return text
+    if end not in rest:
+        raise ValueError(f"{begin} has no {end} behind it")
     return f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
 
 

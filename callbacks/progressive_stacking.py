@@ -291,9 +291,11 @@ class ProgressiveStacking(Technique):
         if not isinstance(trainer.strategy, DDPStrategy):
             return
         self._resume_parameters()
-        for index, block in enumerate(self._stack.blocks):
-            if index not in self._stack.active:
-                self._paused += [p for p in block.parameters() if p.requires_grad]
+        names = list(self._stack.container._modules)
+        hidden = tuple(f"{self._stack.path}.{names[i]}." for i in set(range(len(names))) - set(self._stack.active))
+        named = list(pl_module.named_parameters(remove_duplicate=False))
+        shared = {id(p) for name, p in named if not name.startswith(hidden)}  # with what runs, so it goes on training
+        self._paused = [p for name, p in named if name.startswith(hidden) and p.requires_grad and id(p) not in shared]
         for parameter in self._paused:
             parameter.requires_grad_(False)
         pl_module.zero_grad(set_to_none=True)  # gradients may be views into the old wrapper's buckets

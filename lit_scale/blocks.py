@@ -20,7 +20,9 @@ from torch import nn
 __all__ = ["BlockList", "BlockStack", "find_blocks"]
 
 # Read in torch's "Unexpected key(s)", where a plain network is given the state_dict of a partly active one.
-_KEY = "active blocks: resume with the technique that chose them, or call lit_scale's find_blocks on the model first"
+# Only the first two words are the format; the rest may be worded anew.
+_MARK = "active blocks"
+_KEY = f"{_MARK}: resume with the technique that chose them, or call lit_scale's find_blocks on the model first"
 
 
 class _Gate(nn.Module):
@@ -84,7 +86,8 @@ class _Gate(nn.Module):
             destination[prefix + _KEY] = torch.tensor(self._active)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        active = state_dict.pop(prefix + _KEY, None)
+        marks = [key for key in state_dict if key.startswith(prefix + _MARK)]
+        active = state_dict.pop(marks[0]) if marks else None
         if active is not None and int(active.max()) >= len(self._modules):
             errors = args[-1]
             errors.append(f"active blocks {active.tolist()} of {prefix[:-1]!r}, which has only {len(self._modules)}")

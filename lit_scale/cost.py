@@ -51,6 +51,10 @@ class CostMeter(Callback):
     the ranks, and reference seconds their mean, which is what the run takes. Resumed, every rank goes on from the
     counts of rank 0.
 
+    The meter is made for few shapes, each met often. Batches padded to ever new lengths are new shapes, each counted
+    and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations. While
+    steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
+
     Args:
         recipe: Name of the recipe, for the record.
         technique: Name of the technique, for the record; metrics logged as ``technique/...`` are left out of it.

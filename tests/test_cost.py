@@ -429,19 +429,15 @@ def test_reference_seconds_are_the_sum_that_the_record_shows(tmp_path):
 
 
 def test_a_hiccup_decides_nothing_and_a_slow_shape_does(tmp_path):
-    calm = fit(tmp_path / "calm", Bert(), texts(10), max_epochs=5, repeats=9)
     hiccup, slow = Bert(), Bert()
     hiccup.naps = {11: 2.0}
     slow.nap_when = lambda batch: 0.1 if len(batch["labels"]) == 2 else 0.0  # the last batch of each epoch
     one = fit(tmp_path / "hiccup", hiccup, texts(10), max_epochs=5, repeats=9)
+    assert one["wall_seconds"] > 2 > one["reference_seconds"]
     each = fit(tmp_path / "slow", slow, texts(10), max_epochs=5, repeats=9)
-    assert one["wall_seconds"] > 2
-    assert one["reference_seconds"] < calm["reference_seconds"] + 1
-    price = {s["samples"]: s["seconds_each"] for s in train_shapes(each)}
-    before = {s["samples"]: s["seconds_each"] for s in train_shapes(calm)}
-    assert price[2] - before[2] == pytest.approx(0.1, abs=0.05)
-    assert price[4] - before[4] < 0.05
-    assert each["reference_seconds"] > calm["reference_seconds"] + 5 * 0.05
+    price = {shape["samples"]: shape["seconds_each"] for shape in train_shapes(each)}
+    assert price[2] >= 0.1 > price[4]
+    assert each["reference_seconds"] >= 5 * 0.1
 
 
 def test_charges_are_added_once_and_are_no_step_time(tmp_path):

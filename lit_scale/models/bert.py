@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,6 +101,8 @@ class BertMLM(LightningModule):
         self.head_bias = nn.Parameter(torch.zeros(vocab_size))
         for part in (self.embedding, self.head):
             normal_init(part, depth, std=init_std)
+        if self.embedding.positions is not None:
+            nn.init.normal_(self.embedding.positions, std=init_std)
         self.val_loss = MeanMetric()
         self.val_accuracy = MulticlassAccuracy(vocab_size, average="micro")
         self.val_perplexity = Perplexity()
@@ -113,6 +116,9 @@ class BertMLM(LightningModule):
 
     def per_sample_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy over the masked positions of each sample, in nats: (B,)."""
+        if missing := {"input_ids", "positions", "labels"} - set(batch):
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"the batch has no {names}; with TextDataModule set mask_rate > 0")
         labels = batch["labels"]
         logits = self(batch["input_ids"], batch["positions"])
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -142,6 +148,9 @@ class BertMLM(LightningModule):
         options: dict[str, Any] = {}
         if "adam" in own["optimizer"] or own["optimizer"] == "lamb":
             options["betas"] = (0.9, own["beta2"])
+        if own["optimizer"] in {"adam", "adamw"}:  # Lightning clips no fused optimizer under mixed precision
+            mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
+            options["fused"] = not mixed
         optimizer = create_optimizer(self, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"], **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda _: warmup_cosine(progress(self.trainer), own["warmup"])

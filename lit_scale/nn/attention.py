@@ -93,6 +93,8 @@ class Attention(nn.Module):
         query, key, value = qkv.unbind(2)  # each (B, T, H, D); unbound here, their gradients need one copy, not two
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
+        if self.causal and mask is not None:  # the kernel takes one or the other
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         x = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),

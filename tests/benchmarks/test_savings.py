@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -25,19 +26,32 @@ def record(*shapes, charges=0.0):
     }
 
 
-def test_plain_steps_have_one_price_on_both_sides_and_others_their_own():
+def test_a_slow_machine_does_not_change_what_a_step_costs_relative_to_the_plain_one():
     baseline = [record(shape(True, seconds, 10)) for seconds in (0.9, 1.0, 5.0)]
-    technique = [record(shape(False, 0.2, 5, blocks=2), shape(True, seconds, 5, blocks=8)) for seconds in (1.1, 1.2)]
-    prices = savings.pooled_prices([*baseline, *technique])
-    assert sorted(prices.values()) == [0.2, 1.1]  # the median of 0.9, 1.0, 1.1, 1.2, 5.0: one slow run decides nothing
-    assert savings.costs(baseline[2], prices)["reference_seconds"] == pytest.approx(11.0)
-    assert savings.costs(technique[0], prices)["reference_seconds"] == pytest.approx(5 * 0.2 + 5 * 1.1)
+    technique = [record(shape(False, 0.2 * s, 5, blocks=2), shape(True, s, 5, blocks=8)) for s in (1.1, 4.0)]
+    plain = savings.plain_prices([*baseline, *technique])
+    assert plain == 1.1  # the median of 0.9, 1.0, 1.1, 4.0, 5.0: one slow run decides nothing
+    assert savings.costs(baseline[2], plain)["reference_seconds"] == pytest.approx(11.0)
+    for one in technique:
+        assert savings.costs(one, plain)["reference_seconds"] == pytest.approx((5 * 0.2 + 5) * 1.1)
 
 
 def test_charges_count_and_validation_does_not():
     validation = shape(True, 100.0, 3) | {"kind": "validate"}
     one = record(shape(True, 1.0, 10), validation, charges=2.5)
-    assert savings.costs(one, savings.pooled_prices([one]))["reference_seconds"] == pytest.approx(12.5)
+    assert savings.costs(one, savings.plain_prices([one]))["reference_seconds"] == pytest.approx(12.5)
+
+
+def test_the_rate_is_tuned_beyond_the_ends_of_the_grid(tmp_path):
+    preset = replace(savings.PRESETS["bert_progressive_stack"]["cpu"], lrs=[1e-3, 2e-3], tune_steps=[10, 20])
+    sweep = savings.Sweep("bert_progressive_stack", "cpu", preset, tmp_path, None, 1)
+    best = {10: 4e-3, 20: 2.5e-4}
+    sweep.make_all = lambda runs, what: {
+        run: {"metrics": {"val/loss": abs(math.log(run.lr / best[run.steps]))}} for run in runs
+    }
+    rates, tried = savings.tuned_rates(sweep)
+    assert rates == best
+    assert {one["lr"] for one in tried if one["steps"] == 10} == {1e-3, 2e-3, 4e-3, 8e-3}
 
 
 def test_the_readme_and_the_cards_say_what_is_stored():
@@ -63,7 +77,7 @@ def test_stored_savings_follow_from_their_own_points():
     """Recomputed from counts, prices and losses of every run, the stored saving comes out again."""
     for result in tables.stored(ROOT / "benchmarks" / "results", "saving"):
         for point in result["points"]:
-            again = savings.costs(point | {"wall_seconds": point["wall_seconds"]}, result["prices"])
+            again = savings.costs(point, result["plain_seconds"])
             for clock in savings.CLOCKS:
                 assert again[clock] == pytest.approx(point[clock])
         lengths = [entry["steps"] for entry in result["by_length"]]

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.guards import StepSeed
-from tests.foreign_models import OPTIMIZERS, Recorder, build, loader, quiet_trainer, save_every_step
+from tests.foreign_models import OPTIMIZERS, Recorder, StepTimer, build, loader, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -54,14 +54,16 @@ def fit(name: str, folder: Path, phase: str, strategy: str = "", **options: Any)
     for part in freeze:
         module.get_submodule(part).requires_grad_(False)
     recorder, agreement = Recorder(getattr(module, "blocks", "encoder.blocks")), Agreement()
-    callbacks = [StepSeed(), ProgressiveStacking(STAGES, **stacking), recorder]
+    callbacks = [StepSeed(), options.pop("kind", ProgressiveStacking)(STAGES, **stacking), recorder]
     callbacks += [EMAWeightAveraging(decay=0.5)] * ema
     if strategy:
         callbacks.append(agreement)
         options |= {"strategy": strategy, "devices": 2}
         if resume is None:
             callbacks.append(save_every_step(folder / phase))
-    if "max_time" not in options:
+    if options.pop("timed", False):
+        callbacks.insert(0, StepTimer())
+    else:
         options |= {"max_steps": STEPS}
     trainer = quiet_trainer(folder, callbacks=callbacks, enable_checkpointing=bool(strategy) and not resume, **options)
     trainer.fit(module, loader(name, size=40, batch_size=4 if strategy else 8), ckpt_path=resume)
@@ -84,8 +86,8 @@ def both_ranks(folder: Path, phase: str) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{phase}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def launch(run_python: RunPython, case: str, folder: Path) -> None:
-    result = run_python(Path(__file__), case, folder, timeout=280)
+def launch(run_python: RunPython, cases: str, folder: Path) -> None:
+    result = run_python(Path(__file__), cases, folder, timeout=280)
     assert result.returncode == 0, result.stderr[-3_000:]
 
 
@@ -108,49 +110,43 @@ def check_phases(folder: Path, phases: list[str], reference: dict[str, Any] | No
 
 def test_two_processes_grow_agree_and_resume(run_python: RunPython, tmp_path: Path) -> None:
     launch(run_python, "fast", tmp_path)
-    check_phases(tmp_path, ["whole", "from 2"], fit("bert", tmp_path, "reference"))
+    check_phases(tmp_path / "fast", ["whole", "from 2"], fit("bert", tmp_path, "reference"))
 
 
 @pytest.mark.slow
 def test_dropout_accumulation_and_averages_resume_too(run_python: RunPython, tmp_path: Path) -> None:
     launch(run_python, "dropout", tmp_path)
-    check_phases(tmp_path, ["whole", "from 4", "from 5", "from 6"], None)  # before, at and after a growth
+    check_phases(tmp_path / "dropout", ["whole", "from 4", "from 5", "from 6"], None)  # before, at and after a growth
 
 
 @pytest.mark.slow
 def test_unused_parameters_and_frozen_old_blocks(run_python: RunPython, tmp_path: Path) -> None:
     launch(run_python, "unused", tmp_path)
     reference = fit("timm_vit", tmp_path, "reference", stacking={"freeze_old": True, "rewarmup": 0.2})
-    for found in both_ranks(tmp_path, "whole"):
+    for found in both_ranks(tmp_path / "unused", "whole"):
         assert found["depths"] == reference["depths"]
-    check_phases(tmp_path, ["whole", "from 2", "from 5"], reference)
+    check_phases(tmp_path / "unused", ["whole", "from 2", "from 5"], reference)
 
 
 @pytest.mark.slow
-def test_parameters_that_the_user_froze_stay_frozen(run_python: RunPython, tmp_path: Path) -> None:
-    launch(run_python, "frozen", tmp_path)
+def test_frozen_parameters_a_limit_of_time_and_what_happens_without_a_new_wrapper(
+    run_python: RunPython, tmp_path: Path
+) -> None:
+    launch(run_python, "frozen,time,control", tmp_path)
+
     parts = ["net.stem", "net.layers.0.norm", "net.layers.3.inner"]
     reference = fit("plain_torch", tmp_path, "reference", freeze=parts)
-    check_phases(tmp_path, ["whole", "from 3"], reference)
-    for found in both_ranks(tmp_path, "whole"):
+    check_phases(tmp_path / "frozen", ["whole", "from 3"], reference)
+    for found in both_ranks(tmp_path / "frozen", "whole"):
         assert found["frozen"] == sorted(f"{part}.{kind}" for part in parts for kind in ("weight", "bias"))
 
+    for found in both_ranks(tmp_path / "time", "whole"):
+        assert found["gaps"] == [0.0] * STEPS
+        assert [depth for _, depth in found["depths"]] == [1, 1, 2, 2, 2, 4, 4, 4]  # by the clock of rank 0
 
-@pytest.mark.slow
-def test_a_run_limited_by_time_grows_on_all_ranks_at_once(run_python: RunPython, tmp_path: Path) -> None:
-    launch(run_python, "time", tmp_path)
-    one, other = both_ranks(tmp_path, "whole")
-    assert one["gaps"] == other["gaps"] == [0.0] * len(one["gaps"])
-    assert one["depths"] == other["depths"]
-    assert [depth for _, depth in one["depths"]][-1] == 4
-
-
-@pytest.mark.slow
-def test_without_a_new_wrapper_the_ranks_would_drift_apart(run_python: RunPython, tmp_path: Path) -> None:
-    launch(run_python, "control", tmp_path)
-    for found in both_ranks(tmp_path, "whole"):
+    for found in both_ranks(tmp_path / "control", "whole"):
         assert found["gaps"][:2] == [0.0, 0.0]
-        assert min(found["gaps"][2:]) > 0.0
+        assert min(found["gaps"][2:]) > 0.0  # the ranks drift apart, and nothing says so
 
 
 @pytest.mark.parametrize(
@@ -213,16 +209,14 @@ CASES: dict[str, dict[str, Any]] = {
         "stops": (3,),
         "freeze": ["net.stem", "net.layers.0.norm", "net.layers.3.inner"],
     },
-    "time": {"name": "plain_torch", "strategy": PLAIN, "max_time": {"seconds": 4}, "max_epochs": -1},
-    "control": {"name": "plain_torch", "strategy": PLAIN},
+    "time": {"name": "plain_torch", "strategy": PLAIN, "timed": True, "max_epochs": -1},
+    "control": {"name": "plain_torch", "strategy": PLAIN, "kind": WithoutWrapping},
 }
 
 
 def main(case: str, folder: Path) -> None:
-    global ProgressiveStacking
-    if case == "control":
-        ProgressiveStacking = WithoutWrapping
     torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
     options = dict(CASES[case])
     stops = options.pop("stops", ())
     for stop in (None, *stops):
@@ -233,4 +227,5 @@ def main(case: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for one in sys.argv[1].split(","):
+        main(one, Path(sys.argv[2], one))

@@ -362,3 +362,30 @@ def test_flags_are_read_and_checked(parser):
     for wrong in ("--model.norm=middle", "--model.positions=none", "--model.depth=many"):
         with pytest.raises(Exception, match=wrong[2:].split("=")[0]):
             parser.parse_args([wrong])
+
+
+def test_clipping_under_mixed_precision(tmp_path):
+    data = {"input_ids": torch.zeros(8, dtype=torch.long), "positions": torch.tensor([1]), "labels": torch.tensor([2])}
+    model = BertMLM(10, 8, depth=1, width=8, num_heads=1)
+    trainer = Trainer(
+        max_steps=2,
+        precision="bf16-mixed",
+        gradient_clip_val=0.1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, torch.utils.data.DataLoader([data] * 4, batch_size=2))
+    assert trainer.global_step == 2
+
+
+def test_positions_are_initialised_like_everything_else():
+    model = BertMLM(50, 64, depth=1, width=64, num_heads=1, init_std=0.2)
+    assert model.embedding.positions.std() == pytest.approx(0.2, rel=0.1)
+
+
+def test_an_unmasked_batch_is_refused_with_what_would_work():
+    with pytest.raises(ValueError, match="no labels, positions; with TextDataModule set mask_rate > 0"):
+        BertMLM(10, 8, depth=1, width=8, num_heads=1).training_step({"input_ids": torch.zeros(1, 8).long()}, 0)

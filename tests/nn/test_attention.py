@@ -139,3 +139,13 @@ def test_a_sequence_longer_than_the_rotary_tables():
     rotary = RotaryPositions(8, 16)
     with pytest.raises(ValueError, match="a sequence of 17 tokens is longer than max_length=16"):
         rotary(torch.randn(1, 17, 2, 8))
+
+
+def test_causal_attention_stays_causal_under_a_mask():
+    attention = Attention(width=16, num_heads=2, causal=True)
+    x = torch.randn(1, 6, 16)
+    changed = x.clone()
+    changed[:, -1] += 1.0
+    everything = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    torch.testing.assert_close(attention(x, everything), attention(x))
+    assert torch.equal(attention(x, everything)[:, :-1], attention(changed, everything)[:, :-1])
