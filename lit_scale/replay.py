@@ -21,6 +21,8 @@ from torchmetrics import Metric
 
 __all__ = ["flops_of", "is_compiled", "replay_step", "undone"]
 
+_LOGS = {"log", "log_dict"}  # of LightningModule, which refuse to work outside of the loop
+
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether some part of a network went through ``torch.compile`` or ``Module.compile``."""
@@ -92,19 +94,22 @@ def _unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     buffers = [(buffer, _keep(buffer)) for buffer in pl_module.buffers()]
     metrics = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in modules if isinstance(m, Metric)]
     modes = [module.training for module in modules]
-    logging = [module for module in modules if isinstance(module, LightningModule)]
+    members = [module.__dict__ for module in modules if isinstance(module, LightningModule)]
+    logging = [(own, {name: own[name] for name in _LOGS & own.keys()}) for own in members]
     loggers = trainer.loggers
     random = isolate_rng()
     random.__enter__()
     try:
-        for logs in logging:
-            logs.__dict__.update(log=_silent, log_dict=_silent)
+        for own, _ in logging:
+            own.update(dict.fromkeys(_LOGS, _silent))
         trainer.loggers = [DummyLogger() for _ in loggers]
         yield
     finally:
         trainer.loggers = loggers
-        for logs in logging:
-            del logs.__dict__["log"], logs.__dict__["log_dict"]
+        for own, before in logging:
+            for name in _LOGS - before.keys():
+                del own[name]
+            own.update(before)
         with torch.no_grad():
             for buffer, kept in buffers:
                 buffer.copy_(kept)
@@ -167,4 +172,4 @@ def _free_memory() -> float:
 
 
 def _silent(*_: Any, **__: Any) -> None:
-    """Stands in for ``LightningModule.log``, which refuses to work outside of the loop."""
+    """Stands in for them."""

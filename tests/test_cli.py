@@ -289,7 +289,7 @@ def test_news_pass_and_noise_does_not(run, capsys):
     assert not [text for text in shown if "LeafSpec" in text or "LightningCLI" in text]
     out = capsys.readouterr().out
     assert "Epoch 0 " in out
-    assert "-2" not in out
+    assert "/-2" not in out
 
 
 WIDE = {
