@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,13 @@ class Saving:
     low: float | None
     high: float | None
     reason: str = ""
+
+
+def best_runs(points: Sequence[dict[str, Any]], baseline: bool, steps: int) -> list[dict[str, Any]]:
+    """The runs of one side and length; where it was run at several learning rates, those of the best one."""
+    own = [p for p in points if p["baseline"] == baseline and p["steps"] == steps]
+    at = {p["lr"]: [other for other in own if other["lr"] == p["lr"]] for p in own}
+    return min(at.values(), key=lambda runs: float(np.mean([p["loss"] for p in runs])))
 
 
 def frontier_cost(baseline: Runs, loss: float) -> float | None:

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from frontier import Saving, saving  # noqa: E402
+from frontier import Saving, best_runs, saving  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -257,6 +257,16 @@ def tuned_rates(sweep: Sweep) -> tuple[dict[int, float], list[dict[str, Any]]]:
     return best_rates, [{"steps": steps, "lr": lr, "loss": loss} for (steps, lr), loss in sorted(tried.items())]
 
 
+def tuned_before(sweep: Sweep) -> list[dict[str, Any]]:
+    """What earlier tuning of the same sweep has tried."""
+    tried = []
+    for done in sweep.folder.glob(f"baseline-*-seed{TUNING_SEED}/done.json"):
+        record = json.loads((done.parent / "result.json").read_text())
+        loss, lr = record["metrics"][sweep.preset.metric], record["hparams"]["lr"]
+        tried.append({"steps": record["steps"], "lr": lr, "loss": loss})
+    return sorted(tried, key=lambda one: (one["steps"], one["lr"]))
+
+
 def plain_prices(records: Iterable[dict[str, Any]]) -> float:
     """Seconds of the plain step, the one that both sides make: the median over all runs."""
     return statistics.median(own for record in records if (own := plain_price(record)) is not None)
@@ -285,10 +295,13 @@ def costs(record: dict[str, Any], plain: float) -> dict[str, float]:
 
 
 def analyse(points: list[dict[str, Any]], headline: int, lengths: list[int]) -> tuple[dict[str, Any], list[Any]]:
-    """Savings on each clock: of the headline length, and of every length."""
+    """Savings on each clock: of the headline length, and of every length.
+
+    Where the baseline was run at several rates, the frontier takes the better one at each length.
+    """
 
     def of(baseline: bool, steps: int, clock: str) -> list[tuple[float, float]]:
-        return [(p[clock], p["loss"]) for p in points if p["baseline"] == baseline and p["steps"] == steps]
+        return [(p[clock], p["loss"]) for p in best_runs(points, baseline, steps)]
 
     by_length = []
     for steps in lengths:
@@ -306,6 +319,13 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(PRESETS), nargs="?")
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every point (3)")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        help="no tuning: rates of the baseline, whose better one at each length makes the frontier; the technique gets "
+        "the first",
+    )
     parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "savings", help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
@@ -340,14 +360,14 @@ def run_sweep(args: argparse.Namespace) -> None:
     folder = args.runs / f"{args.recipe}.{args.preset}"
     sweep = Sweep(args.recipe, args.preset, preset, folder, console, args.jobs or preset.jobs)
     started = time.perf_counter()
-    rates, tried = tuned_rates(sweep)
+    tuned, tried = ({}, tuned_before(sweep)) if args.rates else tuned_rates(sweep)
 
-    def rate(steps: int) -> float:
-        return rates[min(rates, key=lambda tuned: abs(tuned - steps))]
+    def rates(steps: int) -> list[float]:
+        return args.rates or [tuned[min(tuned, key=lambda length: abs(length - steps))]]
 
     seeds = range(1, args.seeds + 1)
-    runs = [Run(True, steps, rate(steps), seed) for steps in preset.baseline_steps for seed in seeds]
-    runs += [Run(False, steps, rate(steps), seed) for steps in preset.technique_steps for seed in seeds]
+    runs = [Run(True, steps, lr, seed) for steps in preset.baseline_steps for lr in rates(steps) for seed in seeds]
+    runs += [Run(False, steps, rates(steps)[0], seed) for steps in preset.technique_steps for seed in seeds]
     records = sweep.make_all(runs, "baseline and technique")
     plain = plain_prices(records.values())
     points = [

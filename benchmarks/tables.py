@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from frontier import best_runs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -60,19 +62,19 @@ def points_table(result: dict[str, Any]) -> str:
     ]
     entropy = "" if result["unigram_entropy"] is None else f" ({result['unigram_entropy']:.3f})"
     savings = {entry["steps"]: percent(entry["reference_seconds"]) for entry in result["by_length"]}
-    for baseline, steps in sorted(
-        {(p["baseline"], p["steps"]) for p in result["points"]}, key=lambda k: (not k[0], k[1])
-    ):
-        own = [p for p in result["points"] if (p["baseline"], p["steps"]) == (baseline, steps)]
+    groups = {(not p["baseline"], p["steps"], p["lr"]) for p in result["points"]}
+    for group in sorted(groups):
+        own = [p for p in result["points"] if (not p["baseline"], p["steps"], p["lr"]) == group]
         mean = {n: statistics.mean(p[n] for p in own) for n in ("loss", "reference_seconds", "flops", "wall_seconds")}
+        baseline, steps = own[0]["baseline"], own[0]["steps"]
         lines.append(
             f"| {'baseline' if baseline else result['technique'].replace('_', ' ')} | {steps:,} | {own[0]['lr']:g} "
             f"| {mean['loss']:.3f}{entropy} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
             f"| {mean['wall_seconds']:.0f} | {'' if baseline else savings[steps]} |"
         )
-    tuning = ", ".join(f"{one['lr']:g}: {one['loss']:.3f}" for one in result["tuning"])
-    lengths = sorted({one["steps"] for one in result["tuning"]})
-    lines += ["", f"Baseline's rate, tuned at {' and '.join(map(str, lengths))} steps (rate: loss): {tuning}."]
+    if result["tuning"]:
+        tried = ", ".join(f"{one['steps']:,} steps at {one['lr']:g}: {one['loss']:.3f}" for one in result["tuning"])
+        lines += ["", f"Tuning of the baseline's rate (loss of one other seed): {tried}."]
     return "\n".join(lines)
 
 
@@ -118,9 +120,10 @@ def plot_saving(result: dict[str, Any], path: Path) -> None:
         for baseline, color, name in ((True, "tab:grey", "baseline"), (False, "tab:blue", result["technique"])):
             own = [p for p in result["points"] if p["baseline"] == baseline]
             axis.scatter([p[clock] for p in own], [p["loss"] for p in own], color=color, s=12)
+            lengths = sorted({p["steps"] for p in own})
             means = [
-                [statistics.mean(p[key] for p in own if p["steps"] == steps) for key in (clock, "loss")]
-                for steps in sorted({p["steps"] for p in own})
+                [statistics.mean(p[key] for p in best_runs(own, baseline, steps)) for key in (clock, "loss")]
+                for steps in lengths
             ]
             axis.plot(*zip(*means, strict=True), color=color, label=name.replace("_", " "))
         axis.set_xscale("log")

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,17 @@ def test_a_file_of_a_partly_active_network_says_so(name: str) -> None:
     whole = made(name).eval()
     other.load_state_dict(stored(whole))
     assert torch.equal(run(name, other), run(name, whole))
+
+
+def test_a_key_with_another_wording_is_still_read() -> None:
+    network = made("ours")
+    find_blocks(network).activate([0, 2])
+    state = {
+        re.sub("active blocks.*", "active blocks: older advice", key): v for key, v in network.state_dict().items()
+    }
+    other = made("ours")
+    other.load_state_dict(state)
+    assert find_blocks(other).active == (0, 2)
 
 
 def test_loading_other_parts_leaves_the_active_blocks_alone() -> None:

@@ -84,3 +84,12 @@ def test_fewer_than_three_seeds_have_no_interval():
     assert one.estimate == pytest.approx(0.5)
     assert (one.low, one.high) == (None, None)
     assert "three seeds" in one.reason
+
+
+def test_the_frontier_takes_the_better_rate_at_each_length():
+    points = [
+        {"baseline": True, "steps": steps, "lr": lr, "loss": loss}
+        for steps, lr, loss in [(10, 1e-3, 3.0), (10, 1e-3, 3.2), (10, 2e-3, 2.9), (10, 2e-3, 3.0), (20, 1e-3, 2.0)]
+    ]
+    assert {p["lr"] for p in frontier.best_runs(points, True, 10)} == {2e-3}
+    assert [p["loss"] for p in frontier.best_runs(points, True, 20)] == [2.0]
