@@ -28,6 +28,9 @@ def test_hooks_are_watched_once_the_meter_idles():
         def on_train_batch_start(self, trainer, *args):
             trainer.seen += 1
 
+        def on_train_batch_end(self, trainer, *args):
+            pass
+
     class Trainer:
         global_step, max_steps, seen = 0, overhead.IDLE + 3, 0
 
