@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import statistics
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -173,7 +174,7 @@ class Sweep:
         folder = self.folder / run.name
         wanted = {"flags": self.flags(run), "code": self.code}
         result, begun, done = folder / "result.json", folder / "begun.json", folder / "done.json"
-        if result.exists() and done.exists() and json.loads(done.read_text()) == wanted:
+        if result.exists() and self.is_done(run):
             return json.loads(result.read_text()) | {"name": run.name, "learning_rate": run.lr}
         folder.mkdir(parents=True, exist_ok=True)
         last = folder / "checkpoints" / "last.ckpt"
@@ -225,6 +226,22 @@ class Sweep:
                         child.send_signal(signal.SIGTERM)
                     raise
         return records
+
+    def other_rates(self, lengths: list[int], seeds: list[int]) -> dict[Run, dict[str, Any]]:
+        """Baseline runs of an earlier sweep at other rates, where all seeds are there: the frontier takes the best."""
+        found = {}
+        for folder in self.folder.glob("baseline-*-seed*"):
+            steps, lr, seed = re.fullmatch(r"baseline-(\d+)-lr(.+)-seed(\d+)", folder.name).groups()  # type: ignore[union-attr]
+            run = Run(True, int(steps), float(lr), int(seed))
+            if run.steps in lengths and run.seed in seeds and self.is_done(run):
+                found[run] = self.make(run)
+        complete = {(run.steps, run.lr) for run in found if all(replace(run, seed=seed) in found for seed in seeds)}
+        return {run: record for run, record in found.items() if (run.steps, run.lr) in complete}
+
+    def is_done(self, run: Run) -> bool:
+        done = self.folder / run.name / "done.json"
+        wanted = {"flags": self.flags(run), "code": self.code}
+        return done.exists() and json.loads(done.read_text()) == wanted
 
     def weight(self, run: Run) -> float:
         return run.steps * (1.0 if run.baseline else self.preset.relative_cost) + 20
@@ -323,8 +340,8 @@ def main() -> None:
         "--rates",
         type=float,
         nargs="+",
-        help="no tuning: rates of the baseline, whose better one at each length makes the frontier; the technique gets "
-        "the first",
+        help="no tuning: rates of the baseline; the frontier takes the best one at each length; the technique gets the "
+        "first",
     )
     parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "savings", help="where the runs are kept")
@@ -368,7 +385,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     seeds = range(1, args.seeds + 1)
     runs = [Run(True, steps, lr, seed) for steps in preset.baseline_steps for lr in rates(steps) for seed in seeds]
     runs += [Run(False, steps, rates(steps)[0], seed) for steps in preset.technique_steps for seed in seeds]
-    records = sweep.make_all(runs, "baseline and technique")
+    records = sweep.make_all(runs, "baseline and technique") | sweep.other_rates(preset.baseline_steps, list(seeds))
     plain = plain_prices(records.values())
     points = [
         {

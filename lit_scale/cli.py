@@ -158,7 +158,7 @@ class RecipeCLI(LightningCLI):
             raise ValueError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
         if ckpt_path is not None and not Path(ckpt_path).exists():
             raise ValueError(f"ckpt_path={ckpt_path!r} does not exist")
-        if "://" in str(trainer.default_root_dir):
+        if trainer.default_root_dir is None or "://" in str(trainer.default_root_dir):
             raise ValueError(f"trainer.default_root_dir={trainer.default_root_dir!r}: give a local folder")
         check_writable(trainer.default_root_dir)
 
