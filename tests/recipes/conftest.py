@@ -115,7 +115,7 @@ def assert_equal(one: Any, other: Any, where: str) -> None:
 def await_file() -> Callable[..., None]:
     """Wait until a file is there, and newer than ``since``, while a process lives."""
 
-    def wait(path: Path, process: "subprocess.Popen[str]", since: int = 0, timeout: float = 90) -> None:
+    def wait(path: Path, process: "subprocess.Popen[str]", since: int = 0, timeout: float = 240) -> None:
         deadline = time.monotonic() + timeout
         while not (path.exists() and path.stat().st_mtime_ns > since):
             if process.poll() is not None or time.monotonic() > deadline:

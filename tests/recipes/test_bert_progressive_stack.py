@@ -71,11 +71,12 @@ def test_a_seed_decides_everything_and_another_one_differs(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_train_one_run(tiny):
     process = tiny.start(
         "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--data.batch_size=2", "--compare"
     )
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=560)
     assert process.returncode == 0, out + err
     assert tiny.here("--compare", "--trainer.default_root_dir=runs/one") == 0
     for arm in ("baseline", "progressive_stacking"):

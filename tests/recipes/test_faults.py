@@ -36,6 +36,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_signal_saves_and_prints_the_command_that_goes_on(tiny, same_run, await_file):
     signals = {signal.SIGINT: 130, signal.SIGTERM: 143}
     flags = ["--trainer.max_steps=400", "--data.num_workers=1"]
@@ -45,15 +46,15 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(tiny, same_run, awai
         parts = tiny.start(*flags, f"--trainer.default_root_dir={root}")
         await_file(tiny.folder / root / "checkpoints" / "last.ckpt", parts)
         os.killpg(parts.pid, number)  # as a terminal and a scheduler do: the loader's workers get it too
-        out, err = parts.communicate(timeout=120)
+        out, err = parts.communicate(timeout=240)
         assert parts.returncode == code, out + err
         assert err == ""
         (command,) = re.findall(rf"^{root}: saved \S+; resume with: (.*)$", out, re.M)
         again = tiny.start(command=shlex.split(command))
-        out, err = again.communicate(timeout=120)
+        out, err = again.communicate(timeout=240)
         assert again.returncode == 0, out + err
         assert not list((tiny.folder / root).glob("earlier-*"))
-    assert whole.wait(timeout=120) == 0
+    assert whole.wait(timeout=240) == 0
     for number in signals:
         same_run(tiny, "whole", number.name)
 
@@ -104,11 +105,12 @@ KILLER = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_twenty_kills_at_random_moments_change_nothing(tiny, run_python, same_run):
     flags = [*tiny.flags, "--trainer.max_steps=600", "--trainer.val_check_interval=10", "--data.max_val_sequences=4"]
     flags += ["--trainer.check_val_every_n_epoch=null"]
     recipe = Path(__file__).parents[2] / "recipes" / "bert_progressive_stack.py"
-    done = run_python(KILLER, recipe, "5", *flags, timeout=280, env=tiny.environment, cwd=tiny.folder)
+    done = run_python(KILLER, recipe, "5", *flags, timeout=560, env=tiny.environment, cwd=tiny.folder)
     assert done.returncode == 0, done.stderr + (tiny.folder / "log.txt").read_text()[-2000:]
     kills, places = map(int, done.stdout.split())
     assert kills == 20
@@ -218,7 +220,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tiny):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = tiny.start("--model.width=128", "--ckpt_path", LAST, preexec_fn=full)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 1, out + err
     assert re.fullmatch(r"error: cannot write \S+last.ckpt: [^\n]+\n", err), err
     assert Path(LAST).read_bytes() == before
@@ -295,6 +297,6 @@ def test_a_corrupted_weight_stops_the_run_and_the_checkpoint_stays_good(tiny, ca
 @pytest.mark.slow
 def test_an_error_in_a_process_of_its_own_is_one_line(tiny):
     process = tiny.start("--data.corpus=[/no/such/file]")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 1, out + err
     assert re.fullmatch(r"error: corpus='/no/such/file' matches no file[^\n]+\n", err), err
