@@ -6,7 +6,6 @@ python benchmarks/choices.py bert_progressive_stack --seeds 2
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 from datetime import date
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from savings import PRESETS, ROOT, Run, Sweep
+from savings import PRESETS, ROOT, Run, Sweep, command
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
         "technique": first["technique"],
         "preset": args.preset,
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/choices.py", *sys.argv[1:]]),
+        "command": command("choices", sys.argv[1:]),
         "lr": args.lr,
         "unigram_entropy": first.get("unigram_entropy"),
         "variants": rows,

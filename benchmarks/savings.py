@@ -412,7 +412,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "technique": next(r["technique"] for r in records.values()),
         "preset": args.preset,
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/savings.py", *sys.argv[1:]]),
+        "command": command("savings", sys.argv[1:]),
         "seeds": list(seeds),
         "metric": preset.metric,
         "saving": {clock: headline[clock] for clock in CLOCKS},
@@ -437,6 +437,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     tables.update_readme(args.out)
     report(result, console)
     console.print(f"written: {path}, {path.with_suffix('.png')}, README.md", highlight=False)
+
+
+def command(script: str, args: list[str]) -> str:
+    """The command line for the record, without where this machine keeps its runs."""
+    kept = [arg for before, arg in zip(["", *args], args, strict=False) if not {before, arg} & {"--runs", "--out"}]
+    kept = [arg for arg in kept if not arg.startswith(("--runs=", "--out="))]
+    return shlex.join(["python", f"benchmarks/{script}.py", *kept])
 
 
 def report(result: dict[str, Any], console: Console) -> None:

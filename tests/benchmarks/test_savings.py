@@ -86,6 +86,11 @@ def test_stored_savings_follow_from_their_own_points():
         assert {clock: headline[clock] for clock in savings.CLOCKS} == result["saving"]
 
 
+def test_the_recorded_command_names_no_folder():
+    args = ["bert", "--runs", "/a/b", "--seeds", "3", "--out=/c"]
+    assert savings.command("savings", args) == "python benchmarks/savings.py bert --seeds 3"
+
+
 @pytest.mark.parametrize("argument", ["--seeds=0", "--jobs=0", "--preset=tpu", "no_such_recipe"])
 def test_bad_arguments_are_refused_with_usage(argument, monkeypatch, capsys):
     recipe = [] if argument == "no_such_recipe" else ["bert_progressive_stack"]
