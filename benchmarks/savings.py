@@ -89,11 +89,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "growth at 50% and 75%": (700, stages((0.5, 0.5), (0.75, 1.0))),
                 "growth at 30% and 60%": (560, stages((0.3, 0.5), (0.6, 1.0))),
                 "growth at 15% and 40%": (459, stages((0.15, 0.5), (0.4, 1.0))),
-                "growth at 60% and 85%": (823, stages((0.6, 0.5), (0.85, 1.0))),
                 "interleaved": (700, ["--progressive_stacking.growth=interleave"]),
                 "moments with step 0": (700, ["--progressive_stacking.moments=copy_step0"]),
-                "moments reset": (700, ["--progressive_stacking.moments=reset"]),
-                "re-warm-up over 3%": (700, ["--progressive_stacking.rewarmup=0.03"]),
             },
         ),
         "gpu": Preset(
