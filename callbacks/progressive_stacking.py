@@ -30,7 +30,7 @@ from lit_scale.technique import Technique, progress
 __all__ = ["ProgressiveStacking", "blocks_at_depth", "growth_map"]
 
 Growth = Literal["stack", "interleave"]
-Stages = Sequence[tuple[float, float | int]]
+Stages = Sequence[tuple[float, int | float]]  # int first: flags are read as the first type that fits
 
 
 def blocks_at_depth(depth: int, total: int, growth: Growth = "stack") -> tuple[int, ...]:

@@ -18,8 +18,7 @@ from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar, Timer
@@ -117,9 +116,6 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--baseline", action="store_true", help="the same run without the technique")
         parser.add_argument("--compare", action="store_true", help="both runs, then a table side by side")
         parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint to resume from")
-        for action in parser._actions:
-            if hasattr(action, "_typehint"):
-                action._typehint = _whole_numbers_first(action._typehint)
         parts = {"model": self.recipe.model, "data": self.recipe.data}
         names = {name: set(inspect.signature(kind).parameters) for name, kind in parts.items()}
         for source, target, when in _LINKS:
@@ -128,7 +124,14 @@ class RecipeCLI(LightningCLI):
             known = not name or hasattr(self.recipe.data, name) or name in names.get(owner, ())
             if argument in names[part] and known:
                 parser.link_arguments(source, target, apply_on=when)
-        parser.set_defaults(self.recipe.defaults)
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": f"runs/{self.recipe.name}",
+                "trainer.logger": False,
+                "trainer.enable_model_summary": False,
+            }
+            | self.recipe.defaults
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the flags; the recipe's ``max_steps`` gives way to other limits of the run."""
@@ -286,8 +289,7 @@ def run_recipe(
         model,
         data,
         technique,
-        {"trainer.default_root_dir": f"runs/{name}", "trainer.logger": False, "trainer.enable_model_summary": False}
-        | defaults,
+        defaults,
     )
     with quiet():
         try:
@@ -382,20 +384,6 @@ def _with_hint(error: ArgumentError, parser: LightningArgumentParser) -> Argumen
         hint = f"did you mean {', '.join(near)}?" if near else "--help lists all flags"
         return ArgumentError(None, f"{error.message}; {hint}")
     return error
-
-
-def _whole_numbers_first(hint: Any) -> Any:
-    """A type with int before float in its unions: jsonargparse takes the first that fits, and would read 2 as 2.0."""
-    args, origin = list(get_args(hint)), get_origin(hint)
-    if not args or not all(isinstance(arg, type) or get_origin(arg) or arg is Ellipsis for arg in args):
-        return hint
-    args = [_whole_numbers_first(arg) for arg in args]
-    if origin not in (Union, UnionType):
-        return origin[tuple(args)]
-    if int in args and float in args:
-        args.remove(int)
-        args.insert(args.index(float), int)
-    return Union[tuple(args)]  # noqa: UP007
 
 
 def _validation_times(trainer: Any) -> tuple[int | float | str, int | None]:
