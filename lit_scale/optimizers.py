@@ -38,13 +38,22 @@ def create_optimizer(
         >>> sorted((group["weight_decay"], len(group["params"])) for group in optimizer.param_groups)
         [(0.0, 1), (0.1, 1)]
     """
-    from timm.optim import create_optimizer_v2, list_optimizers  # timm takes seconds to import
+    if name in ("adam", "adamw"):
+        kwargs.setdefault("fused", True)  # torch's fused kernel, on CPU too: one pass over small tensors
+    if name == "adamw" and not hasattr(module, "no_weight_decay"):
+        # What timm would make, without importing it: that takes longer than all else before the first step.
+        groups: dict[float, list[nn.Parameter]] = {0.0: [], weight_decay: []}
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                groups[0.0 if parameter.ndim <= 1 or key.endswith(".bias") else weight_decay].append(parameter)
+        return torch.optim.AdamW(
+            [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params], lr=lr, **kwargs
+        )
+    from timm.optim import create_optimizer_v2, list_optimizers
 
     names = cast(list[str], list_optimizers())
     if name not in names:
         raise ValueError(f"optimizer={name!r} is unknown; timm has {', '.join(names)}")
-    if name in {"adam", "adamw"}:
-        kwargs.setdefault("fused", True)  # torch's fused kernel, on CPU too: one pass over small tensors
     return create_optimizer_v2(module, opt=name, lr=lr, weight_decay=weight_decay, **kwargs)
 
 

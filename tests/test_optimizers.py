@@ -5,11 +5,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_scale.optimizers import create_optimizer, transfer_state
-from tests.foreign_models import OPTIMIZERS, MakeOptimizer, PlainTorch, build, loader
+from tests.foreign_models import FOREIGN, OPTIMIZERS, MakeOptimizer, PlainTorch, build, loader
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -225,6 +226,19 @@ def test_vectors_are_not_decayed_and_frozen_parameters_not_trained() -> None:
             assert (group["weight_decay"] == 0.0) == (parameter.ndim <= 1), named[id(parameter)]
     trained = {named[id(p)] for group in optimizer.param_groups for p in group["params"]}
     assert trained == {name for name in named.values() if not name.startswith("net.stem")}
+
+
+@pytest.mark.parametrize("weight_decay", [0.1, 0.0])
+@pytest.mark.parametrize("kind", ["bert", *FOREIGN])
+def test_adamw_is_the_one_that_timm_makes(kind: str, weight_decay: float) -> None:
+    module = build(kind)
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": weight_decay, "betas": (0.9, 0.98), "fused": True}
+    ours, timms = create_optimizer(module, "adamw", **options), create_optimizer_v2(module, opt="adamw", **options)
+    assert type(ours) is type(timms)
+    assert ours.defaults.items() >= {key: timms.defaults[key] for key in ("lr", "betas", "eps", "fused")}.items()
+    for group, expected in zip(ours.param_groups, timms.param_groups, strict=True):
+        assert [id(p) for p in group.pop("params")] == [id(p) for p in expected.pop("params")]
+        assert group == expected
 
 
 def test_names_are_timms_and_an_unknown_one_lists_them() -> None:
