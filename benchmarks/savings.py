@@ -78,7 +78,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "bert_progressive_stack": {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
-            lrs=[1e-3, 1.5e-3, 2.5e-3],
+            lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600, 1_200],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[750, 500],
@@ -86,11 +86,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
             choices={
+                "growth at 60% and 85%": (824, stages((0.6, 0.5), (0.85, 1.0))),
                 "growth at 50% and 75%": (700, stages((0.5, 0.5), (0.75, 1.0))),
                 "growth at 30% and 60%": (560, stages((0.3, 0.5), (0.6, 1.0))),
                 "growth at 15% and 40%": (459, stages((0.15, 0.5), (0.4, 1.0))),
                 "interleaved": (700, ["--progressive_stacking.growth=interleave"]),
                 "moments with step 0": (700, ["--progressive_stacking.moments=copy_step0"]),
+                "moments reset": (700, ["--progressive_stacking.moments=reset"]),
+                "re-warm-up over 2%": (700, ["--progressive_stacking.rewarmup=0.02"]),
             },
         ),
         "gpu": Preset(

@@ -22,7 +22,7 @@ if __name__ == "__main__":
             "model.num_heads": 4,
             "model.positions": "rotary",
             "model.init_std": 0.05,  # BERT's 0.02 at width 768, scaled by 1 / sqrt(width)
-            "model.lr": 1.5e-3,
+            "model.lr": 1e-3,
             "data.sequence_length": 64,
             "data.batch_size": 16,
             "data.max_val_sequences": 1024,
