@@ -1,5 +1,7 @@
 """Callbacks: one technique a file, named after it."""
 
 from lit_scale.callbacks.progressive_stacking import ProgressiveStacking
+from lit_scale.callbacks.resolution_growing import ResolutionGrowing
+from lit_scale.callbacks.sequence_length_warmup import SequenceLengthWarmup
 
-__all__ = ["ProgressiveStacking"]
+__all__ = ["ProgressiveStacking", "ResolutionGrowing", "SequenceLengthWarmup"]

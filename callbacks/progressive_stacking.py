@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.cost import charge
 from lit_scale.optimizers import MomentRule, transfer_state
-from lit_scale.schedules import rewarmup, stage_at
+from lit_scale.schedules import check_starts, rewarmup, stage_at
 from lit_scale.technique import Technique, progress
 
 __all__ = ["ProgressiveStacking", "blocks_at_depth", "growth_map"]
@@ -102,10 +102,7 @@ class ProgressiveStacking(Technique):
         freeze_old: bool = False,
         blocks: str | None = None,
     ) -> None:
-        try:
-            self.stages = [(float(start), depth) for start, depth in stages]
-        except (TypeError, ValueError):
-            raise ValueError(f"stages={stages!r}: write pairs (start, depth), as in [(0.0, 0.5), (0.5, 1.0)]") from None
+        self.stages = check_starts(stages, "depth")
         self.growth: Growth = growth
         self.moments: MomentRule = moments
         self.rewarmup = rewarmup
@@ -126,16 +123,6 @@ class ProgressiveStacking(Technique):
     # -- checks -------------------------------------------------------------------------------------------------------
 
     def _check_arguments(self) -> None:
-        starts = [start for start, _ in self.stages]
-        if starts[:1] != [0.0] or not all(a < b < 1.0 for a, b in zip(starts, starts[1:], strict=False)):
-            raise ValueError(
-                f"stages={self.stages}: starts must ascend from 0.0 and stay below 1.0 (the end of the run)"
-            )
-        for _, depth in self.stages:
-            if isinstance(depth, bool) or not isinstance(depth, int | float) or not depth > 0:
-                raise ValueError(f"stages={self.stages}: depth {depth!r} is neither a number of blocks nor a fraction")
-            if isinstance(depth, float) and depth > 1.0:
-                raise ValueError(f"stages={self.stages}: depth {depth} is a fraction above 1.0; write blocks as an int")
         if self.growth not in ("stack", "interleave"):
             raise ValueError(f"growth={self.growth!r}: choose 'stack' or 'interleave'")
         if self.moments not in ("copy", "copy_step0", "reset"):

@@ -6,17 +6,22 @@ on every rank: the epoch, and how many batches were handed out since it began. N
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_scale.guards import shield_worker
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+#: The size of a batch's samples (pixels of a side, tokens of a sequence; None is full size) and how many there are,
+#: by the batch's number since the run began.
+Plan = Callable[[int], tuple[int | None, int]]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -98,12 +103,13 @@ class EpochSampler(DistributedSampler[Any]):
         size = len(self.dataset)  # type: ignore[arg-type]
         return size // self.num_replicas if self.drop_last else -(-size // self.num_replicas)
 
-    def __iter__(self) -> Iterator[Any]:
+    def order(self, epoch: int) -> Tensor:
+        """The samples of this rank in an epoch, in order."""
         self.num_samples = len(self)
         self.total_size = self.num_samples * self.num_replicas
         size = len(self.dataset)  # type: ignore[arg-type]
         if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
             order = torch.randperm(size, generator=generator)
         else:
             order = torch.arange(size)
@@ -111,11 +117,42 @@ class EpochSampler(DistributedSampler[Any]):
             order = order.repeat(-(-self.total_size // size))
         # Rank r takes r, r + W, ...: W ranks together take a batch of the shared order, so that a run resumed on
         # another number of ranks with the same global batch goes on with the same samples.
-        order = order[self.rank : self.total_size : self.num_replicas][self.start :]
+        return order[self.rank : self.total_size : self.num_replicas]
+
+    def __iter__(self) -> Iterator[Any]:
         epoch = self.epoch
-        for part in order.split(4096):  # lists of Python integers are large, so make them as they are needed
+        for part in self.order(epoch)[self.start :].split(4096):  # lists of integers are large: as they are needed
             for index in part.tolist():
                 yield (epoch, index) if self.epochwise else index
+
+
+class _PlannedBatches:
+    """Keys of batches whose sizes a plan tells; one iteration is what ``numbers`` says."""
+
+    def __init__(self, loader: "ResumableLoader") -> None:
+        self.loader = loader
+        self.numbers = range(0)
+
+    def __len__(self) -> int:
+        return len(self.loader.sampler) // (self.loader.batch_size or 1)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int | None]]]:
+        numbers, loader = self.numbers, self.loader
+        usual = loader.batch_size or 1
+        plan = loader.plan or (lambda number: (None, usual))
+        per_epoch = len(self) * usual  # the rest is dropped, as it is without a plan
+        done = sum(plan(number)[1] for number in range(numbers.start))
+        epoch, order = -1, torch.empty(0)
+        for number in numbers:
+            size, samples = plan(number)
+            keys = []
+            for position in range(done, done + samples):
+                if position // per_epoch != epoch:
+                    epoch = position // per_epoch
+                    order = loader.sampler.order(epoch)  # type: ignore[attr-defined]
+                keys.append((epoch, int(order[position % per_epoch]), size))
+            done += samples
+            yield keys
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -136,7 +173,14 @@ class ResumableLoader(DataLoader[Any]):
 
     A dataset that sets ``epochwise = True`` is asked for keys ``(epoch, index)`` and so can make augmentation or
     masking a function of (seed, epoch, index), in workers too. If it defines ``__getitems__(keys)``, it is asked for
-    a whole batch at once.
+    a whole batch at once. If it also sets ``sized = True`` and has a ``full_size``, keys are ``(epoch, index, size)``,
+    the size being what ``plan`` says of the batch, or None for full size. As the size travels with the key, workers
+    make the right one however far ahead they are, and so does a resumed run.
+
+    Attributes:
+        plan: Size and number of samples of each batch; None for ``batch_size`` samples of full size. With batches of
+            other numbers an epoch of the loader is as many batches as ever, but another share of the data: the
+            samples are then one endless stream of permutations.
 
     Args:
         dataset: A dataset with a length.
@@ -189,7 +233,13 @@ class ResumableLoader(DataLoader[Any]):
         self._position = 0  # batches handed out since epoch 0 began
         self._pass = 0, 0  # where the last iteration began, and where it was to end
         self._told: int | None = None  # the epoch that a Trainer told last
+        self._planned: _PlannedBatches | None = None
         self._loaded = False  # the position is from a checkpoint, and no iteration has started since
+        self.plan: Plan | None = None
+        if getattr(dataset, "sized", False) and isinstance(self.sampler, EpochSampler):
+            if not drop_last:
+                raise ValueError("drop_last=False: batches of planned sizes are full ones, so pass drop_last=True")
+            self._planned = _PlannedBatches(self)
 
     def __len__(self) -> int:
         length = super().__len__()
@@ -217,9 +267,23 @@ class ResumableLoader(DataLoader[Any]):
         if not isinstance(self.sampler, EpochSampler):
             return itertools.islice(super().__iter__(), done, None)
         self.sampler.epoch, self.sampler.start = epoch, done * (self.batch_size or 1)
+        if self._planned is not None:
+            first = epoch * len(self)
+            self._planned.numbers = range(first + done, first + len(self))
         # From this generator come the seeds of the workers, for datasets that use global generators after all.
         self.generator.manual_seed(derive_seed(self.seed, epoch, "workers", self.sampler.rank))
         return super().__iter__()
+
+    @property
+    def takes_plan(self) -> bool:
+        """Whether ``plan`` has an effect: the dataset is sized, and nothing has replaced the order."""
+        return self._planned is not None
+
+    @property
+    def _index_sampler(self) -> Any:
+        """What torch's iterators take the keys of each batch from."""
+        planned = self.__dict__.get("_planned")
+        return super()._index_sampler if planned is None else planned
 
     def _begin(self) -> int:
         """Settle where an iteration starts, and return how many batches it has."""

@@ -50,6 +50,7 @@ class _Sequences(Dataset[Batch]):
         rows: Which rows to use; None is all of them.
         mask: `mask_tokens` with all but tokens, epoch and indices given; None leaves the tokens as they are.
         epochwise: New masks each epoch, otherwise always those of epoch 0.
+        sized: Takes keys (epoch, index, size), where a size cuts each row into sequences of that many tokens.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class _Sequences(Dataset[Batch]):
         rows: npt.NDArray[np.int64] | None = None,
         mask: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
         epochwise: bool = False,
+        sized: bool = False,
     ) -> None:
-        self.path, self.length, self.rows, self.mask, self.epochwise = path, length, rows, mask, epochwise
+        self.path, self.length, self.rows, self.mask = path, length, rows, mask
+        self.epochwise, self.sized = epochwise, sized
 
     @cached_property
     def tokens(self) -> npt.NDArray[Any]:
@@ -74,16 +77,26 @@ class _Sequences(Dataset[Batch]):
         # a worker that is not forked maps the file again; pickled, the map would be a copy of all tokens
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
+    @property
+    def full_size(self) -> int:
+        """Tokens of a sequence."""
+        return self.length
+
     def __len__(self) -> int:
         return len(self.tokens if self.rows is None else self.rows)
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
-        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+    def __getitems__(self, keys: Sequence[int | tuple[int, int] | tuple[int, int, int | None]]) -> Batch:
+        pairs = [key[:2] if isinstance(key, tuple) else (0, key) for key in keys]
         epoch = pairs[0][0]
         indices = np.array([index for _, index in pairs])
         if self.rows is not None:
             indices = self.rows[indices]
         ids = self.tokens[indices].astype(np.int64)  # (B, T)
+        size = keys[0][2] if self.sized and isinstance(keys[0], tuple) and len(keys[0]) == 3 else None
+        if size is not None:
+            pieces = self.length // size
+            ids = ids.reshape(-1, size)  # (B T / size, size): as many tokens as ever
+            indices = (indices[:, None] * pieces + np.arange(pieces)).ravel()
         if self.mask is None:
             return {"input_ids": torch.from_numpy(ids)}
         assert all(other == epoch for other, _ in pairs)
@@ -264,7 +277,9 @@ class TextDataModule(LightningDataModule):
                 special_ids=self.special_ids,
             )
         masks = [mask and partial(mask, seed=seed) for seed in (self.seed, self.split_seed)]
-        self.train_set = _Sequences(self._files["train"], self.sequence_length, mask=masks[0], epochwise=True)
+        self.train_set = _Sequences(
+            self._files["train"], self.sequence_length, mask=masks[0], epochwise=True, sized=True
+        )
         self.validation_set = _Sequences(self._files["validation"], self.sequence_length, mask=masks[1])
         for name, found, needed, advice in (
             ("training", self.train_set, self.batch_size, "batch_size"),

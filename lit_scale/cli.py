@@ -36,7 +36,7 @@ from lit_scale.guards import (
     load_checkpoint,
 )
 from lit_scale.report import comparison_table, plot_curves, priced_alike, saving_line, stage_table
-from lit_scale.technique import _MARK, Technique
+from lit_scale.technique import _MARK, Technique, snake_case
 
 __all__ = ["RecipeCLI", "run_recipe"]
 
@@ -70,7 +70,7 @@ class Recipe:
     @property
     def group(self) -> str:
         """Name of the technique's flags and result files: ``ProgressiveStacking`` is progressive_stacking."""
-        return _snake_case(self.technique)
+        return snake_case(self.technique)
 
 
 class RecipeCLI(LightningCLI):
@@ -280,7 +280,7 @@ def run_recipe(
     """
     caller = sys._getframe(1)
     file = caller.f_code.co_filename
-    name = name or (_snake_case(technique) if file.startswith("<") else Path(file).stem)
+    name = name or (snake_case(technique) if file.startswith("<") else Path(file).stem)
     script = sys.argv[0] if args is None else file
     recipe = Recipe(
         name,
@@ -430,10 +430,6 @@ def _python() -> str:
     """``python`` where that is the interpreter at work, else its path."""
     found = shutil.which("python")
     return "python" if found and os.path.samefile(found, sys.executable) else sys.executable
-
-
-def _snake_case(kind: type) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def _is_inside(path: str | Path, folder: Path) -> bool:

@@ -8,7 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-__all__ = ["rewarmup", "stage_at", "warmup_cosine"]
+__all__ = ["check_starts", "rewarmup", "stage_at", "warmup_cosine"]
 
 
 def warmup_cosine(progress: float, warmup: float = 0.05) -> float:
@@ -42,6 +42,35 @@ def stage_at(progress: float, starts: Sequence[float]) -> int:
         [0, 0, 1, 2]
     """
     return bisect_right(starts, progress) - 1
+
+
+def check_starts(stages: Sequence[tuple[float, int | float]], what: str) -> list[tuple[float, int | float]]:
+    """Stages as a list of (start, amount), if they are well formed.
+
+    Args:
+        stages: Pairs; starts ascend from 0 and stay below 1, amounts are positive: an int, or a fraction up to 1.0.
+        what: The amount's name, for messages.
+
+    Raises:
+        ValueError: They are not.
+
+    Example:
+        >>> check_starts([(0, 0.5), (0.25, 8)], "depth")
+        [(0.0, 0.5), (0.25, 8)]
+    """
+    try:
+        found = [(float(start), amount) for start, amount in stages]
+    except (TypeError, ValueError):
+        raise ValueError(f"stages={stages!r}: write pairs (start, {what}), as in [(0.0, 0.5), (0.5, 1.0)]") from None
+    starts = [start for start, _ in found]
+    if starts[:1] != [0.0] or not all(a < b < 1.0 for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"stages={found}: starts must ascend from 0.0 and stay below 1.0 (the end of the run)")
+    for _, amount in found:
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
+            raise ValueError(f"stages={found}: {what} {amount!r} is neither a positive number nor a fraction")
+        if isinstance(amount, float) and amount > 1.0:
+            raise ValueError(f"stages={found}: {what} {amount} is a fraction above 1.0; write a number as an int")
+    return found
 
 
 def rewarmup(progress: float, since: float, duration: float) -> float:

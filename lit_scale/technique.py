@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,12 +10,22 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
-__all__ = ["Factor", "Technique", "check_techniques", "progress"]
+__all__ = ["Factor", "Technique", "check_techniques", "progress", "progress_after", "snake_case"]
 
 Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
 
 _MARK = "lit_scale_techniques"
 _UNTESTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # Lightning derives them from tested ones
+
+
+def snake_case(kind: type) -> str:
+    """A class's name as flags, metrics and files have it.
+
+    Example:
+        >>> snake_case(Technique)
+        'technique'
+    """
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def progress(trainer: Trainer) -> float:
@@ -27,8 +38,28 @@ def progress(trainer: Trainer) -> float:
         trainer: A Trainer with ``max_steps``, ``max_epochs`` or ``max_time``. Before its loaders exist the epochs
             count as not begun.
     """
+    return _fraction(trainer, trainer.global_step)
+
+
+def progress_after(trainer: Trainer, batches: int) -> float:
+    """How much of the run is done after this many batches of it, counted from its beginning.
+
+    What prepares batches ahead needs this: by the time a batch is at work, :func:`progress` says the same. Of a run
+    limited by time nothing can be said ahead.
+
+    Args:
+        trainer: A Trainer whose loaders exist.
+        batches: Of one rank, over all epochs.
+    """
+    window, each = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if each == float("inf"):
+        return _fraction(trainer, batches // window)
+    epochs, rest = divmod(batches, max(1, int(each)))
+    return _fraction(trainer, epochs * -(-int(each) // window) + rest // window)
+
+
+def _fraction(trainer: Trainer, step: int) -> float:
     done = [0.0]
-    step = trainer.global_step
     if trainer.max_steps > 0:
         done.append(step / trainer.max_steps)
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
@@ -60,6 +91,11 @@ class Technique(Callback):
     shares_with: ClassVar[frozenset[str]] = frozenset()
     #: Strategies it is tested with, and what to write instead of others.
     strategies: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy, DDPStrategy)
+
+    @property
+    def name(self) -> str:
+        """What flags, metrics and files call the technique: ``progressive_stacking``."""
+        return snake_case(type(self))
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments that must not change when a run is resumed, as plain values."""

@@ -560,3 +560,80 @@ def test_ranks_come_from_the_trainer() -> None:
         distributed_sampler_kwargs = {"num_replicas": 4, "rank": 3}
 
     assert data_ranks(Parallel()) == {"rank": 3, "world_size": 4}  # type: ignore[arg-type]
+
+
+# ---- planned sizes
+
+
+class Sized(Keys):
+    """Samples that are their keys, (epoch, index, size), with 0 for full size."""
+
+    sized, full_size = True, 8
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        epoch, index, size = key
+        return torch.tensor([epoch, index, size or 0])
+
+
+def by_stages(number: int) -> tuple[int | None, int]:
+    """Five batches of 12 small samples, then 3 of 6, then 3 full ones."""
+    return (2, 12) if number < 5 else (4, 6) if number < 8 else (None, 3)
+
+
+def planned(plan: Any = by_stages, **options: Any) -> ResumableLoader:
+    loader = ResumableLoader(Sized(20), 3, shuffle=True, seed=3, drop_last=True, **options)
+    loader.plan = plan
+    return loader
+
+
+def test_without_a_plan_a_sized_dataset_has_the_order_of_any_other() -> None:
+    usual = ResumableLoader(Keys(20), 3, shuffle=True, seed=3, drop_last=True)
+    assert [[key[:2] for key in batch] for batch in epochs(planned(None), 3)] == epochs(usual, 3)
+
+
+def test_a_plan_gives_each_batch_its_size_and_its_number_of_samples() -> None:
+    found = epochs(planned(), 2)
+    assert len(found) == 12
+    for number, batch in enumerate(found):
+        size, samples = by_stages(number)
+        assert len(batch) == samples
+        assert {key[2] for key in batch} == {size or 0}
+
+
+def test_a_plan_changes_no_sample_and_leaves_none_out() -> None:
+    """The samples of large batches are those of as many small ones, one after the other."""
+    taken = [tuple(key[:2]) for batch in epochs(planned(), 2) for key in batch]
+    stream = [
+        tuple(key)
+        for batch in epochs(ResumableLoader(Keys(20), 3, shuffle=True, seed=3, drop_last=True), 6)
+        for key in batch
+    ]
+    assert taken == stream[: len(taken)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 4, 5, 6, 9])
+def test_a_planned_loader_resumes_with_the_very_next_batch(stop: int, workers: int) -> None:
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    whole = epochs(planned(), 2)
+    first = planned(**options)
+    taken = []
+    batches_of = (batch for _ in range(2) for batch in first)
+    taken = [next(batches_of).tolist() for _ in range(stop)]
+    second = planned(**options)
+    second.load_state_dict(first.state_dict())
+    rest = [batch.tolist() for _ in range(2) for batch in second]
+    assert taken + rest[: 12 - stop] == whole
+
+
+def test_planned_batches_of_two_ranks_are_disjoint_and_alike_in_size() -> None:
+    ranks = [epochs(planned(rank=rank, world_size=2), 2) for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        assert len(one) == len(other)
+        assert {key[2] for key in one} == {key[2] for key in other}
+        assert not {tuple(key) for key in one} & {tuple(key) for key in other}
+
+
+def test_planned_batches_are_full_ones() -> None:
+    with pytest.raises(ValueError, match="drop_last=False: .* pass drop_last=True"):
+        ResumableLoader(Sized(20), 3)
