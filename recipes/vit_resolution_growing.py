@@ -1,0 +1,28 @@
+"""ViT with resolution growing: half the side for the first half of the run, three quarters, then all of it.
+
+python recipes/vit_resolution_growing.py                     # the technique, on scikit-learn's scanned digits
+python recipes/vit_resolution_growing.py --compare           # and the same run without it, side by side
+python recipes/vit_resolution_growing.py --data.source 'shards/train-{000..009}.tar' --trainer.max_steps 20000
+"""
+
+from lit_scale.callbacks import ResolutionGrowing
+from lit_scale.cli import run_recipe
+from lit_scale.datamodules import ImageDataModule
+from lit_scale.models import ViTClassifier
+
+if __name__ == "__main__":
+    run_recipe(
+        ViTClassifier,
+        ImageDataModule,
+        technique=ResolutionGrowing,
+        defaults={
+            "trainer.max_steps": 600,
+            "model.depth": 6,
+            "model.width": 128,
+            "model.num_heads": 4,
+            "model.patch_size": 4,
+            "model.lr": 1e-3,
+            "data.image_size": 32,
+            "data.batch_size": 32,
+        },
+    )
