@@ -21,7 +21,7 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_scale.callbacks import ProgressiveStacking
-from lit_scale.technique import Technique, check_techniques, progress
+from lit_scale.technique import Technique, check_techniques, progress, progress_after
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -35,6 +35,13 @@ class Progress(Callback):
 
     def __init__(self) -> None:
         self.seen: list[float] = []
+        self.ahead: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        batches = trainer.num_training_batches
+        if batches < float("inf"):
+            total = int(batches) * max(1, trainer.max_epochs or 1)
+            self.ahead = [progress_after(trainer, batch) for batch in range(total)]
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.seen.append(progress(trainer))
@@ -47,6 +54,8 @@ def progress_of(root: Path, data: Any = None, **limits: Any) -> list[float]:
     seen = Progress()
     trainer = quiet_trainer(root, callbacks=[seen], **limits)
     trainer.fit(build("plain_torch"), loader("plain_torch", size=20) if data is None else data)
+    if seen.ahead and "max_time" not in limits:  # what was said before the first batch
+        assert seen.ahead[: len(seen.seen) - 1] == seen.seen[:-1]
     return seen.seen
 
 
