@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from lit_scale.models.training import Scheduled, check_warmup
 from lit_scale.nn import Embedding, Encoder, PostNorm, PreNorm, normal_init
 from lit_scale.nn.embeddings import Positions
-from lit_scale.optimizers import create_optimizer
-from lit_scale.schedules import warmup_cosine
-from lit_scale.technique import check_techniques, progress
 
 __all__ = ["BertMLM"]
 
 _RESIDUALS = {"pre": PreNorm, "post": PostNorm}
 
 
-class BertMLM(LightningModule):
+class BertMLM(Scheduled):
     """Masked-language model: embedding, encoder, and a head that is computed at the masked positions only.
 
     Batches are dicts of ``input_ids`` (B, T), ``positions`` (B, M), the masked positions, and ``labels`` (B, M), the
@@ -83,8 +78,7 @@ class BertMLM(LightningModule):
                 raise ValueError(f"{name}={value} must be at least 1")
         if norm not in _RESIDUALS:
             raise ValueError(f"norm={norm!r}: choose 'pre' or 'post'")
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(f"warmup={warmup} is not a fraction of the run in [0, 1)")
+        check_warmup(warmup)
         self.save_hyperparameters()
         self.embedding = Embedding(vocab_size, width, max_length, positions=positions, dropout=dropout)
         self.encoder = Encoder(
@@ -141,23 +135,3 @@ class BertMLM(LightningModule):
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/accuracy", self.val_accuracy)
         self.log("val/perplexity", self.val_perplexity)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The named optimizer with decay groups; warm-up and cosine decay to zero over the run's own length."""
-        own = self.hparams
-        options: dict[str, Any] = {}
-        if "adam" in own["optimizer"] or own["optimizer"] == "lamb":
-            options["betas"] = (0.9, own["beta2"])
-        if own["optimizer"] in {"adam", "adamw"}:  # Lightning clips no fused optimizer under mixed precision
-            mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
-            options["fused"] = not mixed
-        optimizer = create_optimizer(self, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"], **options)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: warmup_cosine(progress(self.trainer), own["warmup"])
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on training without a technique that the checkpoint was trained with."""
-        if self._trainer is not None:
-            check_techniques(self._trainer, checkpoint)

@@ -2,7 +2,7 @@
 
 from lit_scale.nn.attention import Attention, RotaryPositions
 from lit_scale.nn.embeddings import Embedding
-from lit_scale.nn.encoder import Encoder, EncoderBlock, normal_init
+from lit_scale.nn.encoder import Encoder, EncoderBlock, normal_init, residual_init
 from lit_scale.nn.feedforward import FeedForward
 from lit_scale.nn.residual import PostNorm, PreNorm, Residual
 
@@ -17,4 +17,5 @@ __all__ = [
     "Residual",
     "RotaryPositions",
     "normal_init",
+    "residual_init",
 ]

@@ -10,7 +10,7 @@ from lit_scale.nn.attention import Attention, RotaryPositions
 from lit_scale.nn.feedforward import FeedForward
 from lit_scale.nn.residual import PreNorm, Residual
 
-__all__ = ["Encoder", "EncoderBlock", "normal_init"]
+__all__ = ["Encoder", "EncoderBlock", "normal_init", "residual_init"]
 
 Initialisation = Callable[[nn.Module, int], None]
 
@@ -28,6 +28,30 @@ def normal_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
             nn.init.normal_(part.weight, std=std)
             if isinstance(part, nn.Linear) and part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+def residual_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
+    """As :func:`normal_init`, but what sublayers add to the stream is smaller by 1 / sqrt(2 depth).
+
+    The stream is a sum of two sublayers per block, whose variance so stays that of one (Radford et al. 2019, section
+    2.3).
+
+    Args:
+        module: A block; its whole subtree is initialised.
+        depth: Number of blocks of the stack.
+        std: Standard deviation of all other weights (0.02 in the reference code).
+
+    Example:
+        >>> block = EncoderBlock(width=256, num_heads=4)
+        >>> residual_init(block, depth=8, std=0.04)
+        >>> round(block.attention.out.weight.std().item(), 3), round(block.attention.qkv.weight.std().item(), 2)
+        (0.01, 0.04)
+    """
+    normal_init(module, depth, std=std)
+    for part in module.modules():
+        last = part.out if isinstance(part, Attention) else part.down if isinstance(part, FeedForward) else None
+        if last is not None:
+            nn.init.normal_(last.weight, std=std / (2 * depth) ** 0.5)
 
 
 class EncoderBlock(nn.Module):

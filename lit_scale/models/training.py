@@ -1,0 +1,67 @@
+"""What the models share about training: the optimizer, its schedule, and what a checkpoint may go on with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_scale.optimizers import create_optimizer
+from lit_scale.schedules import warmup_cosine
+from lit_scale.technique import check_techniques, progress
+
+__all__ = ["Scheduled", "check_warmup"]
+
+
+def check_warmup(warmup: float) -> None:
+    """Refuse a warm-up that is no fraction of the run.
+
+    Example:
+        >>> check_warmup(1.5)
+        Traceback (most recent call last):
+        ValueError: warmup=1.5 is not a fraction of the run in [0, 1)
+    """
+    if not 0.0 <= warmup < 1.0:
+        raise ValueError(f"warmup={warmup} is not a fraction of the run in [0, 1)")
+
+
+class Scheduled(LightningModule):
+    """Mixin: an optimizer by name, and a rate that warms up and then falls to zero over the run's own length.
+
+    It reads the hyperparameters ``optimizer``, ``lr``, ``weight_decay``, ``beta2`` and ``warmup``, which the module
+    must have saved by ``save_hyperparameters``.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from torch import nn
+        >>> class Line(Scheduled):
+        ...     def __init__(self, optimizer="adamw", lr=0.1, weight_decay=0.0, beta2=0.99, warmup=0.1):
+        ...         super().__init__()
+        ...         self.save_hyperparameters()
+        ...         self.net = nn.Linear(1, 1)
+        >>> line = Line()
+        >>> line.trainer = Trainer(max_steps=10, accelerator="cpu", logger=False)
+        >>> type(line.configure_optimizers()["optimizer"]).__name__
+        'AdamW'
+    """
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The named optimizer with decay groups; warm-up and cosine decay to zero over the run's own length."""
+        own = self.hparams
+        options: dict[str, Any] = {}
+        if "adam" in own["optimizer"] or own["optimizer"] == "lamb":
+            options["betas"] = (0.9, own["beta2"])
+        if own["optimizer"] in {"adam", "adamw"}:  # Lightning clips no fused optimizer under mixed precision
+            mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
+            options["fused"] = not mixed
+        optimizer = create_optimizer(self, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"], **options)
+        schedule = LambdaLR(optimizer, lambda _: warmup_cosine(progress(self.trainer), own["warmup"]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on training without a technique that the checkpoint was trained with."""
+        if self._trainer is not None:
+            check_techniques(self._trainer, checkpoint)
