@@ -62,7 +62,7 @@ class Size:
 
 PRESETS = {
     "cpu": [
-        Size("bert_progressive_stack's step", depth=8, width=128, num_heads=4, length=64, batch=16, steps=60),
+        Size("bert_progressive_stack's step", depth=8, width=128, num_heads=4, length=64, batch=16, steps=40),
         Size("a very small step", depth=2, width=32, num_heads=2, length=16, batch=2, steps=600),
     ]
 }
@@ -186,7 +186,7 @@ def table(result: dict[str, Any]) -> Table:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of each callback (default: 7)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each callback (default: 3)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/overhead.<preset>.json")
     options = parser.parse_args(args)
     if options.repeats < 1:

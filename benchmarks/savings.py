@@ -46,8 +46,8 @@ class Preset:
 
     Attributes:
         flags: Of every run.
-        lrs: Learning rates tried for the baseline, at the length ``tune_steps``.
-        tune_steps: Lengths at which the rate is tuned; a length in between takes that of the nearest one.
+        lrs: Learning rates tried for the baseline, at the lengths ``tune_steps``, and for the technique at its first.
+        tune_steps: Lengths at which the baseline's rate is tuned; another length takes that of the nearest one.
         baseline_steps: Lengths of the baseline's runs, the frontier's points.
         technique_steps: Lengths of the technique's runs; the first is the headline.
         relative_cost: Rough cost of a technique's step relative to the baseline's, for the time left only.
@@ -227,16 +227,15 @@ class Sweep:
                     raise
         return records
 
-    def other_rates(self, lengths: list[int], seeds: list[int]) -> dict[Run, dict[str, Any]]:
-        """Baseline runs of an earlier sweep at other rates, where all seeds are there: the frontier takes the best."""
+    def other_rates(self, lengths: dict[bool, list[int]], seeds: list[int]) -> dict[Run, dict[str, Any]]:
+        """Runs of an earlier sweep at other rates, where all seeds are there: of each side the best rate counts."""
         found = {}
-        for folder in self.folder.glob("baseline-*-seed*"):
-            steps, lr, seed = re.fullmatch(r"baseline-(\d+)-lr(.+)-seed(\d+)", folder.name).groups()  # type: ignore[union-attr]
-            run = Run(True, int(steps), float(lr), int(seed))
-            if run.steps in lengths and run.seed in seeds and self.is_done(run):
-                found[run] = self.make(run)
-        complete = {(run.steps, run.lr) for run in found if all(replace(run, seed=seed) in found for seed in seeds)}
-        return {run: record for run, record in found.items() if (run.steps, run.lr) in complete}
+        for folder in self.folder.glob("*-lr*-seed*"):
+            if name := re.fullmatch(r"(baseline|technique)-(\d+)-lr(.+)-seed(\d+)", folder.name):
+                run = Run(name[1] == "baseline", int(name[2]), float(name[3]), int(name[4]))
+                if run.steps in lengths[run.baseline] and run.seed in seeds and self.is_done(run):
+                    found[run] = self.make(run)
+        return {run: record for run, record in found.items() if all(replace(run, seed=seed) in found for seed in seeds)}
 
     def is_done(self, run: Run) -> bool:
         done = self.folder / run.name / "done.json"
@@ -247,20 +246,20 @@ class Sweep:
         return run.steps * (1.0 if run.baseline else self.preset.relative_cost) + 20
 
 
-def tuned_rates(sweep: Sweep) -> tuple[dict[int, float], list[dict[str, Any]]]:
-    """The baseline's best learning rate at each tuning length, and what was tried.
+def tuned_rates(sweep: Sweep, baseline: bool, lengths: list[int]) -> tuple[dict[int, float], list[dict[str, Any]]]:
+    """The best learning rate at each of these lengths, and what was tried.
 
     Where the best is the lowest or the highest that was tried, the next beyond it is tried too, until it is neither.
     """
-    preset = sweep.preset
+    preset, what = sweep.preset, "baseline" if baseline else "technique"
     tried: dict[tuple[int, float], float] = {}
-    wanted = [(steps, lr) for steps in preset.tune_steps for lr in preset.lrs]
+    wanted = [(steps, lr) for steps in lengths for lr in preset.lrs]
     while wanted:
-        runs = [Run(True, steps, lr, TUNING_SEED) for steps, lr in wanted]
-        records = sweep.make_all(runs, "tuning the baseline's rate")
+        runs = [Run(baseline, steps, lr, TUNING_SEED) for steps, lr in wanted]
+        records = sweep.make_all(runs, f"tuning the {what}'s rate")
         tried |= {(run.steps, run.lr): record["metrics"][preset.metric] for run, record in records.items()}
         wanted = []
-        for steps in preset.tune_steps:
+        for steps in lengths:
             rates = sorted(lr for length, lr in tried if length == steps)
             best = min(rates, key=lambda lr: tried[steps, lr])
             if len(rates) > 1 and best == rates[0]:
@@ -268,20 +267,21 @@ def tuned_rates(sweep: Sweep) -> tuple[dict[int, float], list[dict[str, Any]]]:
             elif len(rates) > 1 and best == rates[-1]:
                 wanted.append((steps, float(f"{best * rates[-1] / rates[-2]:.2g}")))
     best_rates = {
-        steps: min((loss, lr) for (length, lr), loss in tried.items() if length == steps)[1]
-        for steps in preset.tune_steps
+        steps: min((loss, lr) for (length, lr), loss in tried.items() if length == steps)[1] for steps in lengths
     }
-    return best_rates, [{"steps": steps, "lr": lr, "loss": loss} for (steps, lr), loss in sorted(tried.items())]
+    return best_rates, [
+        {"baseline": baseline, "steps": steps, "lr": lr, "loss": loss} for (steps, lr), loss in sorted(tried.items())
+    ]
 
 
 def tuned_before(sweep: Sweep) -> list[dict[str, Any]]:
     """What earlier tuning of the same sweep has tried."""
     tried = []
-    for done in sweep.folder.glob(f"baseline-*-seed{TUNING_SEED}/done.json"):
+    for done in sweep.folder.glob(f"*-seed{TUNING_SEED}/done.json"):
         record = json.loads((done.parent / "result.json").read_text())
         loss, lr = record["metrics"][sweep.preset.metric], record["hparams"]["lr"]
-        tried.append({"steps": record["steps"], "lr": lr, "loss": loss})
-    return sorted(tried, key=lambda one: (one["steps"], one["lr"]))
+        tried.append({"baseline": record["baseline"], "steps": record["steps"], "lr": lr, "loss": loss})
+    return sorted(tried, key=lambda one: (not one["baseline"], one["steps"], one["lr"]))
 
 
 def plain_prices(records: Iterable[dict[str, Any]]) -> float:
@@ -314,7 +314,7 @@ def costs(record: dict[str, Any], plain: float) -> dict[str, float]:
 def analyse(points: list[dict[str, Any]], headline: int, lengths: list[int]) -> tuple[dict[str, Any], list[Any]]:
     """Savings on each clock: of the headline length, and of every length.
 
-    Where the baseline was run at several rates, the frontier takes the better one at each length.
+    Where a side was run at several rates, the best one counts at each length.
     """
 
     def of(baseline: bool, steps: int, clock: str) -> list[tuple[float, float]]:
@@ -340,8 +340,7 @@ def main() -> None:
         "--rates",
         type=float,
         nargs="+",
-        help="no tuning: rates of the baseline; the frontier takes the best one at each length; the technique gets the "
-        "first",
+        help="no tuning: rates of both sides, of which the best one counts at each length",
     )
     parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "savings", help="where the runs are kept")
@@ -377,15 +376,28 @@ def run_sweep(args: argparse.Namespace) -> None:
     folder = args.runs / f"{args.recipe}.{args.preset}"
     sweep = Sweep(args.recipe, args.preset, preset, folder, console, args.jobs or preset.jobs)
     started = time.perf_counter()
-    tuned, tried = ({}, tuned_before(sweep)) if args.rates else tuned_rates(sweep)
+    tuned: dict[bool, dict[int, float]] = {}
+    tried = tuned_before(sweep) if args.rates else []
+    for baseline, tune_steps in () if args.rates else ((True, preset.tune_steps), (False, preset.technique_steps[:1])):
+        tuned[baseline], runs_tried = tuned_rates(sweep, baseline, tune_steps)
+        tried += runs_tried
 
-    def rates(steps: int) -> list[float]:
-        return args.rates or [tuned[min(tuned, key=lambda length: abs(length - steps))]]
+    def rates(baseline: bool, steps: int) -> list[float]:
+        if args.rates:
+            return args.rates
+        found = tuned[baseline]
+        return [found[min(found, key=lambda length: abs(length - steps))]]
 
     seeds = range(1, args.seeds + 1)
-    runs = [Run(True, steps, lr, seed) for steps in preset.baseline_steps for lr in rates(steps) for seed in seeds]
-    runs += [Run(False, steps, rates(steps)[0], seed) for steps in preset.technique_steps for seed in seeds]
-    records = sweep.make_all(runs, "baseline and technique") | sweep.other_rates(preset.baseline_steps, list(seeds))
+    lengths = {True: preset.baseline_steps, False: preset.technique_steps}
+    runs = [
+        Run(baseline, steps, lr, seed)
+        for baseline in (True, False)
+        for steps in lengths[baseline]
+        for lr in rates(baseline, steps)
+        for seed in seeds
+    ]
+    records = sweep.make_all(runs, "baseline and technique") | sweep.other_rates(lengths, list(seeds))
     plain = plain_prices(records.values())
     points = [
         {

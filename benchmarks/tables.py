@@ -72,9 +72,10 @@ def points_table(result: dict[str, Any]) -> str:
             f"| {mean['loss']:.3f}{entropy} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
             f"| {mean['wall_seconds']:.0f} | {'' if baseline else savings[steps]} |"
         )
-    if result["tuning"]:
-        tried = ", ".join(f"{one['steps']:,} steps at {one['lr']:g}: {one['loss']:.3f}" for one in result["tuning"])
-        lines += ["", f"Tuning of the baseline's rate (loss of one other seed): {tried}."]
+    for baseline, name in ((True, "baseline"), (False, "technique")):
+        own = [one for one in result["tuning"] if one["baseline"] == baseline]
+        tried = ", ".join(f"{one['steps']:,} steps at {one['lr']:g}: {one['loss']:.3f}" for one in own)
+        lines += ["", f"Tuning of the {name}'s rate (loss of one other seed): {tried}."] if own else []
     return "\n".join(lines)
 
 
@@ -102,9 +103,15 @@ def throughput_lines(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def overhead_line(results: list[dict[str, Any]]) -> str:
-    """What the idle clock costs."""
-    return "\n".join(f"An idle `CostMeter` costs {result['meter_share']:.2%} of a training step." for result in results)
+def overhead_lines(results: list[dict[str, Any]]) -> str:
+    """What the idle clock and the guards cost."""
+    lines = ["| callback | " + " | ".join(size["name"] for r in results for size in r["sizes"]) + " |"]
+    lines.append("|---" * lines[0].count(" | ") + "|---|")
+    for name in results[0]["sizes"][0]["callbacks"] if results else []:
+        found = [(size["callbacks"][name], size["step_seconds"]) for r in results for size in r["sizes"]]
+        cells = [f"{one['share']:.2%} of {1e3 * step:.0f} ms" for one, step in found]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot_saving(result: dict[str, Any], path: Path) -> None:
@@ -166,4 +173,4 @@ def render(text: str, folder: Path) -> str:
     """The README with its generated parts as the stored results in ``folder`` have them."""
     text = update(text, "savings", savings_table(stored(folder, "saving")))
     text = update(text, "throughput", throughput_lines(stored(folder, "throughput")))
-    return update(text, "overhead", overhead_line(stored(folder, "overhead")))
+    return update(text, "overhead", overhead_lines(stored(folder, "overhead")))

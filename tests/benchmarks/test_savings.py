@@ -43,13 +43,13 @@ def test_charges_count_and_validation_does_not():
 
 
 def test_the_rate_is_tuned_beyond_the_ends_of_the_grid(tmp_path):
-    preset = replace(savings.PRESETS["bert_progressive_stack"]["cpu"], lrs=[1e-3, 2e-3], tune_steps=[10, 20])
+    preset = replace(savings.PRESETS["bert_progressive_stack"]["cpu"], lrs=[1e-3, 2e-3])
     sweep = savings.Sweep("bert_progressive_stack", "cpu", preset, tmp_path, None, 1)
     best = {10: 4e-3, 20: 2.5e-4}
     sweep.make_all = lambda runs, what: {
         run: {"metrics": {"val/loss": abs(math.log(run.lr / best[run.steps]))}} for run in runs
     }
-    rates, tried = savings.tuned_rates(sweep)
+    rates, tried = savings.tuned_rates(sweep, True, [10, 20])
     assert rates == best
     assert {one["lr"] for one in tried if one["steps"] == 10} == {1e-3, 2e-3, 4e-3, 8e-3}
 
