@@ -41,9 +41,9 @@ class MaskedAutoencoder(Scheduled):
     joined is kept in the ``state_dict``.
 
     Args:
+        architecture: Name of a Vision Transformer of timm; built without its pre-trained weights.
         image_size: Side of the square images, in pixels.
         patch_size: Side of a patch, in pixels.
-        architecture: Name of a Vision Transformer of timm; built without its pre-trained weights.
         depth: Blocks of the encoder; None is the architecture's.
         width: Channels of the encoder; None is the architecture's.
         num_heads: Attention heads of the encoder; None is the architecture's.
@@ -67,9 +67,9 @@ class MaskedAutoencoder(Scheduled):
             Vision Transformer of that name, or a batch holds no images of that size.
 
     Example:
-        >>> small = {"depth": 2, "width": 32, "num_heads": 2}
+        >>> sizes = {"image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "num_heads": 2}
         >>> decoder = {"decoder_depth": 1, "decoder_width": 16, "decoder_heads": 2}
-        >>> model = MaskedAutoencoder(32, 8, architecture="vit_tiny_patch16_224", **small, **decoder)
+        >>> model = MaskedAutoencoder("vit_tiny_patch16_224", **sizes, **decoder)
         >>> images = torch.randn(4, 3, 32, 32)
         >>> model(images).shape, model.per_sample_loss((images,)).shape
         (torch.Size([4, 32]), torch.Size([4]))
@@ -79,10 +79,10 @@ class MaskedAutoencoder(Scheduled):
 
     def __init__(
         self,
+        architecture: str = "vit_base_patch16_224",
+        *,
         image_size: int = 224,
         patch_size: int = 16,
-        *,
-        architecture: str = "vit_base_patch16_224",
         depth: int | None = None,
         width: int | None = None,
         num_heads: int | None = None,
