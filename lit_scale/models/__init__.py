@@ -3,5 +3,6 @@
 from lit_scale.models.bert import BertMLM
 from lit_scale.models.gpt import GPT
 from lit_scale.models.mae import MaskedAutoencoder
+from lit_scale.models.probe import ProbeAtEnd, fine_tune, linear_probe
 
-__all__ = ["GPT", "BertMLM", "MaskedAutoencoder"]
+__all__ = ["GPT", "BertMLM", "MaskedAutoencoder", "ProbeAtEnd", "fine_tune", "linear_probe"]
