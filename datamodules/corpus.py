@@ -5,14 +5,10 @@ cache is found by hash as well, whatever the files are called.
 """
 
 import glob
-import hashlib
 import itertools
-import json
 import os
-import secrets
 import sysconfig
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +16,45 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_scale.datamodules.cache import digest
 from lit_scale.datamodules.loader import derive_seed
+from lit_scale.datamodules.shards import Shards, is_pattern
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Cache", "digest", "encode_all", "join", "load_tokenizer", "read_documents", "split_documents", "train_bpe"]
+__all__ = ["encode_all", "join", "load_tokenizer", "read_documents", "split_documents", "train_bpe"]
 
 _TESTS = {"test", "tests", "idle_test"}
-
-
-def digest(data: bytes) -> str:
-    """Name of some content: 128 bits of BLAKE2b in hexadecimal digits."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 # ---- documents
 
 
-def _text_of(path: Path) -> bytes | None:
-    """The content of a file, or None where it is not text: a NUL byte, or not UTF-8."""
-    data = path.read_bytes()
+def _is_text(data: bytes) -> bool:
+    """Whether some content is UTF-8 without a NUL byte."""
     if b"\0" in data:
-        return None
+        return False
     try:
         data.decode()
     except UnicodeDecodeError:
-        return None
-    return data
+        return False
+    return True
+
+
+def _text_of(path: Path) -> bytes | None:
+    """The content of a file, or None where it is not text."""
+    data = path.read_bytes()
+    return data if _is_text(data) else None
+
+
+def _texts_in(shards: Shards) -> Iterator[bytes]:
+    """The text of each sample."""
+    for index in range(len(shards)):
+        text = shards.read(index, "txt")
+        if not _is_text(text):
+            raise ValueError(f"corpus: the text of {shards.name(index)} has a NUL byte or is not UTF-8")
+        yield text
 
 
 def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) -> list[Path]:
@@ -59,24 +66,30 @@ def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) ->
     return files
 
 
-def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
-    """Read the distinct documents of a corpus, one per file.
+def read_documents(corpus: str | Sequence[str] | None, cache_dir: Path | None = None) -> dict[str, bytes]:
+    """Read the distinct documents of a corpus, one per file, or per sample of a tar file.
 
     Args:
-        corpus: Files, folders or globs as in `TextDataModule`; None reads the sources of the standard library.
+        corpus: Files, folders, globs or shards as in `TextDataModule`; None reads the sources of the standard library.
+        cache_dir: Folder for the index of shards, as in `Shards`.
 
     Returns:
         Content by its hash, in the order of the hashes, without empty files.
 
     Raises:
-        ValueError: A path or glob matches nothing, a file that was named is not text, or there is no text at all.
+        ValueError: A path or glob matches nothing, a file that was named is not text, there is no text at all, or a
+            shard is damaged or lacks a text.
     """
+    contents: list[bytes] = []
     named: list[Path] = []
     found: list[Path] = []
     if corpus is None:
         library = Path(sysconfig.get_paths()["stdlib"])
         found = _files_below(library, ".py", {"site-packages", *_TESTS})
     for entry in [corpus] if isinstance(corpus, str) else corpus or []:
+        if is_pattern(entry):
+            contents += _texts_in(Shards(entry, need=[("txt",)], cache_dir=cache_dir))
+            continue
         entry = os.path.expanduser(entry)
         path = Path(entry)  # of "" it would be the current folder
         matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(entry, recursive=True)]
@@ -88,7 +101,6 @@ def read_documents(corpus: str | Sequence[str] | None) -> dict[str, bytes]:
             else:
                 (named if match is path else found).append(match)
 
-    contents: list[bytes] = []
     for path in named:
         text = _text_of(path)
         if text is None:
@@ -184,57 +196,3 @@ def load_tokenizer(data: bytes) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(data.decode())
-
-
-# ---- cache
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Put a file in place whole or not at all, also when the machine goes down half way."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-class Cache:
-    """Files named by what is in them, and per key a small index that is written last.
-
-    Two processes that build the same key at the same time cannot mix: each index names complete files only, and a
-    file whose content does not hash to its name counts as missing.
-    """
-
-    def __init__(self, folder: Path, key: str, names: Sequence[str]) -> None:
-        self.folder = folder
-        self.index = folder / f"{key}.json"
-        self.names = names
-
-    def load(self) -> dict[str, Path] | None:
-        """The files of this key by name, or None unless all are there and whole."""
-        try:
-            index = json.loads(self.index.read_bytes())
-            files = {name: self.folder / index[name] for name in self.names}
-            for path in files.values():
-                with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-                if found != path.stem:
-                    return None
-        except (OSError, ValueError, LookupError, TypeError):  # absent, or an index that is none
-            return None
-        return files
-
-    def save(self, **contents: bytes) -> dict[str, Path]:
-        """Write the files of this key."""
-        endings = {"tokenizer": ".json"}
-        files = {name: self.folder / (digest(data) + endings.get(name, ".npy")) for name, data in contents.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, path in files.items():
-            _write_atomically(path, contents[name])
-        _write_atomically(self.index, json.dumps({name: path.name for name, path in files.items()}).encode())
-        return files

@@ -4,10 +4,8 @@ Where the tokens come from is told in :mod:`lit_scale.datamodules.corpus`.
 """
 
 import importlib.metadata
-import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,12 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 
+from lit_scale.datamodules.cache import Cache, cache_folder, digest, npy
 from lit_scale.datamodules.corpus import (
-    Cache,
-    digest,
     encode_all,
     join,
     load_tokenizer,
@@ -29,8 +25,9 @@ from lit_scale.datamodules.corpus import (
     split_documents,
     train_bpe,
 )
-from lit_scale.datamodules.loader import ResumableLoader, data_ranks, derive_seed
+from lit_scale.datamodules.loader import derive_seed
 from lit_scale.datamodules.masking import mask_tokens, num_predictions
+from lit_scale.datamodules.resume import ResumableDataModule, check_at_least
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -94,11 +91,7 @@ class _Sequences(Dataset[Batch]):
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-class TextDataModule(LightningDataModule):
+class TextDataModule(ResumableDataModule):
     """Sequences of text for masked or causal language models, from any folder of text files.
 
     Documents are joined with a separator and cut into sequences, train and validation apart. Batches are dicts of
@@ -107,8 +100,9 @@ class TextDataModule(LightningDataModule):
     continues with the very next batch, and is refused on other data.
 
     Args:
-        corpus: Text files, folders (all text files below, hidden ones left out) or globs, one document per file; None
-            is the standard library's own Python sources without its tests, about 12 MB.
+        corpus: Text files, folders (all text files below, hidden ones left out) or globs, one document per file; tar
+            files such as ``"shards-{0..3}.tar"``, one document per ``.txt`` member; None is the standard library's own
+            Python sources without its tests, about 12 MB.
         tokenizer: "bytes", 256 ids and nothing to train, or "bpe", a byte-level BPE trained on the training documents.
         vocab_size: Of the BPE, special tokens included; None is 8192.
         sequence_length: Tokens per sequence, T, at least 8.
@@ -150,21 +144,14 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
         if tokenizer not in ("bytes", "bpe"):
             raise ValueError(f"tokenizer={tokenizer!r}: must be 'bytes' or 'bpe'")
         if tokenizer == "bytes" and vocab_size is not None:
             raise ValueError(f"vocab_size={vocab_size} with tokenizer='bytes', which has 258: pass tokenizer='bpe'")
         if vocab_size is not None and vocab_size < 256 + len(_SPECIAL):
             raise ValueError(f"vocab_size={vocab_size}: must be at least 258, for 256 bytes and 2 special tokens")
-        for name, value, least in (
-            ("sequence_length", sequence_length, 8),
-            ("batch_size", batch_size, 1),
-            ("max_val_sequences", max_val_sequences, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
+        check_at_least(sequence_length=(sequence_length, 8), max_val_sequences=(max_val_sequences, 1))
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1, such as 0.05")
         if not 0 <= mask_rate < 1:
@@ -174,19 +161,15 @@ class TextDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or (8192 if tokenizer == "bpe" else 256 + len(_SPECIAL))
         self.sequence_length = sequence_length
-        self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.max_val_sequences = max_val_sequences
         self.mask_rate = mask_rate
-        self.seed = seed
         self.split_seed = split_seed
-        self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir or os.environ.get("LIT_SCALE_CACHE") or "~/.cache/lit_scale").expanduser()
+        self.cache_dir = cache_folder(cache_dir)
+        self.train_set: _Sequences
+        self.validation_set: _Sequences
         self._files: dict[str, Path] | None = None  # train, validation and, for a BPE, tokenizer
         self._corpus_hash = ""
-        self._saved: dict[str, Any] | None = None  # of the checkpoint, until there is a corpus to compare with
-        self._position: dict[str, int] | None = None  # of the checkpoint, until there is a loader to continue
-        self._train_loader: ResumableLoader | None = None
 
     @property
     def separator_id(self) -> int:
@@ -216,24 +199,17 @@ class TextDataModule(LightningDataModule):
 
     def _prepare(self) -> dict[str, Path]:
         """Find the tokens in the cache, or make them."""
-        documents = read_documents(self.corpus)
+        documents = read_documents(self.corpus, self.cache_dir)
         self._corpus_hash = digest("".join(documents).encode())
         settings: list[Any] = [_FORMAT, self._corpus_hash, self.split_seed, self.val_fraction, self.tokenizer]
         names = ["train", "validation"]
         if self.tokenizer == "bpe":
             settings += [self.vocab_size, importlib.metadata.version("tokenizers")]
             names.append("tokenizer")
-        cache = Cache(self.cache_dir / "text", digest(json.dumps(settings).encode()), names)
+        cache = Cache(self.cache_dir, "text", digest(json.dumps(settings).encode()), names)
         files = cache.load()
         if files is None:
-            contents = self._tokenize(documents)
-            try:
-                files = cache.save(**contents)
-            except OSError as error:
-                raise ValueError(
-                    f"cache_dir={str(self.cache_dir)!r} cannot be written ({error}): pass cache_dir=, or set "
-                    "LIT_SCALE_CACHE, to a folder with write access and free space"
-                ) from error
+            files = cache.save(**self._tokenize(documents))
         return files
 
     def _tokenize(self, documents: dict[str, bytes]) -> dict[str, bytes]:
@@ -246,9 +222,7 @@ class TextDataModule(LightningDataModule):
             encode = partial(encode_all, load_tokenizer(contents["tokenizer"]))
         for name, texts in (("train", train.values()), ("validation", validation.values())):
             ids = encode(texts) if self.tokenizer == "bpe" else (np.frombuffer(text, np.uint8) for text in texts)
-            buffer = io.BytesIO()
-            np.save(buffer, join(ids, self.separator_id, dtype))
-            contents[name] = buffer.getvalue()
+            contents[name] = npy(join(ids, self.separator_id, dtype))
         return contents
 
     def setup(self, stage: str | None = None) -> None:
@@ -282,35 +256,7 @@ class TextDataModule(LightningDataModule):
             order = torch.randperm(len(self.validation_set), generator=chooser)
             self.validation_set.rows = order[: self.max_val_sequences].sort().values.numpy()
         self.__dict__.pop("unigram_entropy", None)
-        if self._saved is not None:
-            self.load_state_dict(self._saved)
-
-    # ---- loaders
-
-    def train_dataloader(self) -> ResumableLoader:
-        self._train_loader = self._loader(self.train_set, shuffle=True, drop_last=True)
-        if self._position is not None:
-            # Lightning restores the loader too, but not after on_train_epoch_end of a run limited by epochs.
-            self._train_loader.load_state_dict(self._position)
-            self._position = None
-        return self._train_loader
-
-    def val_dataloader(self) -> ResumableLoader:
-        return self._loader(self.validation_set)
-
-    def _loader(self, dataset: _Sequences, *, shuffle: bool = False, drop_last: bool = False) -> ResumableLoader:
-        return ResumableLoader(
-            dataset,
-            self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_it_is,
-            **data_ranks(self.trainer),
-        )
+        self.go_on()
 
     # ---- what the data is like
 
@@ -355,45 +301,14 @@ class TextDataModule(LightningDataModule):
 
     # ---- resume
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the data, and all that batches depend on; empty before setup."""
+    def settings(self) -> dict[str, Any] | None:
+        """All that training batches depend on; None before setup."""
         if self._files is None:
-            return {}
+            return None
         vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"
         names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "mask_rate", "seed", "split_seed")
-        settings = {
+        return {
             "corpus": self._corpus_hash,
             "tokenizer": vocabulary,
             **{name: getattr(self, name) for name in names},
         }
-        position = self._train_loader.state_dict() if self._train_loader is not None else None
-        return {"settings": settings, "position": position}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the position of a checkpoint that training goes on from, if it was trained on these data.
-
-        Evaluating one on other data is fine.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            ValueError: The data differ.
-        """
-        if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
-            return
-        if self._files is None:
-            self._saved = dict(state_dict)
-            return
-        self._saved, self._position = None, state_dict["position"]
-        present = self.state_dict()["settings"]
-        differing = [
-            f"{name} (was {value!r}, is {present.get(name)!r})"
-            for name, value in state_dict["settings"].items()
-            if present.get(name) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"the checkpoint was trained on other data, so training cannot go on from it: {', '.join(differing)}. "
-                "Resume with the data and settings it had, or start a new run from its weights"
-            )

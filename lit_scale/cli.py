@@ -44,7 +44,10 @@ _LINKS = (
     ("seed_everything", "data.seed", "parse"),
     ("data.sequence_length", "model.max_length", "parse"),
     ("data.vocab_size", "model.vocab_size", "instantiate"),
+    ("data.image_size", "model.image_size", "parse"),
+    ("data.num_classes", "model.num_classes", "instantiate"),
 )
+_REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning, where the data can tell
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
 _COMPARISON = ("comparison.json", "comparison.png")
 _OURS = ("config.yaml", "result.json", "result.png", "checkpoints")  # what a run leaves in its folder
@@ -217,8 +220,9 @@ class RecipeCLI(LightningCLI):
         ledger = self.meter.ledger
         if not ledger.counts:
             raise ValueError("the run made no step: raise trainer.max_steps, max_epochs or max_time")
-        if (entropy := getattr(self.datamodule, "unigram_entropy", None)) is not None:
-            self.meter.extra["unigram_entropy"] = entropy
+        for name in _REFERENCES:
+            if (value := getattr(self.datamodule, name, None)) is not None:
+                self.meter.extra[name] = value
         if self.trainer.limit_val_batches and not (
             ledger.curve and ledger.curve[-1]["step"] == self.trainer.global_step
         ):

@@ -11,7 +11,7 @@ from rich.table import Table
 __all__ = ["comparison_table", "plot_curves", "priced_alike", "saving_line", "stage_table"]
 
 _PRICED = {"plain", "steps", "samples", "tokens", "flops", "reference_seconds", "first_step", "metrics"}
-_LOSS = "val/loss"
+_LOSS, _ACCURACY = "val/loss", "val/accuracy"
 _NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 
 
@@ -70,7 +70,7 @@ def stage_table(record: dict[str, Any]) -> Table:
 
 
 def saving_line(record: dict[str, Any]) -> str:
-    """What the technique saved against as many steps of the plain model, and what the loss means."""
+    """What the technique saved against as many steps of the plain model, and what the loss or the accuracy means."""
     lines = []
     plain = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
     if not record["baseline"] and plain is None:
@@ -88,6 +88,9 @@ def saving_line(record: dict[str, Any]) -> str:
         side = "below" if value <= entropy else "above"
         distance = f"{abs(1 - value / entropy):.0%} {side}"
         lines.append(f"validation loss {value:.3f} nats, {distance} the unigram entropy, {entropy:.3f}")
+    accuracy, chance = record["metrics"].get(_ACCURACY), record.get("chance_accuracy")
+    if accuracy is not None and chance:
+        lines.append(f"validation accuracy {accuracy:.1%}; always the most frequent class would reach {chance:.1%}")
     return "\n".join(lines)
 
 

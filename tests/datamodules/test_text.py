@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from lit_scale.datamodules import TextDataModule, corpus, loader, masking, text
+from lit_scale.datamodules import TextDataModule, cache, corpus, loader, masking, text
 from lit_scale.datamodules.corpus import read_documents, split_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
@@ -189,7 +189,7 @@ def test_bpe_knows_training_documents_only(build: Build, tiny_corpus: Path) -> N
         if path.read_bytes() in held_out.values():
             path.unlink()
     documents = read_documents(str(tiny_corpus))
-    assert corpus.digest(corpus.train_bpe(documents.values(), 398).encode()) == Path(before.split()[1]).stem
+    assert cache.digest(corpus.train_bpe(documents.values(), 398).encode()) == Path(before.split()[1]).stem
 
 
 def test_large_vocabularies_take_four_bytes(build: Build) -> None:
@@ -296,7 +296,7 @@ def test_cache_is_used(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise AssertionError("the cache was not used")
 
     monkeypatch.setattr(TextDataModule, "_tokenize", never)
-    monkeypatch.setattr(corpus, "_write_atomically", never)
+    monkeypatch.setattr(cache, "_write_atomically", never)
     # neither of these has a say in what is tokenized
     second = build(tokenizer=tokenizer, sequence_length=32, mask_rate=0.3, num_workers=1)
     assert files_in(tmp_path / "cache") == written

@@ -80,7 +80,8 @@ def test_fine_tuning_by_hand() -> None:
     scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert scales["patch_embed.proj.weight"] < scales["blocks.0.attn.qkv.weight"] < scales["head.weight"] == 1.0
     peaks = [3e-3 * group["lr_scale"] for group in optimizer.param_groups]
-    batches = [batch for _ in range(2) for batch in data.train_dataloader()]
+    loader = data.train_dataloader()
+    batches = [batch for _ in range(2) for batch in loader]
     for step, (images, labels) in enumerate(batches[:steps]):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * warmup_cosine((step + 1) / (steps + 1), 0.05)

@@ -1,0 +1,504 @@
+"""Images for classifiers: scanned digits, shards, a folder or CIFAR in, batches of one size out, augmented or not."""
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from lit_scale.datamodules.cache import cache_folder, digest
+from lit_scale.datamodules.loader import ResumableLoader, derive_seed
+from lit_scale.datamodules.resume import ResumableDataModule, check_at_least
+from lit_scale.datamodules.shards import IMAGES, Shards, is_pattern
+
+__all__ = ["ImageDataModule", "UndecodableImageError"]
+
+_SMALL = 64  # up to this side, images are augmented as CIFAR's are, beyond as ImageNet's
+_BROKEN = 0.01  # share of undecodable images that is no longer a few bad files, but a bad data set
+_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # of the sources that have a name
+
+Batch = tuple[Tensor, Tensor]
+Key = int | tuple[int, int] | tuple[int, int, int | None]
+
+
+class UndecodableImageError(ValueError):
+    """An image that cannot be decoded, with its name and the cause."""
+
+
+# ---- where images come from
+
+
+class _Source(Protocol):
+    """Images by position: uint8 (3, H, W)."""
+
+    class_names: list[str] | None
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...  # (N,)
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def image(self, index: int) -> Tensor: ...
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclass
+class _Arrays:
+    """Images in memory, uint8 (N, H, W, 3)."""
+
+    title: str
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    class_names: list[str] | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(np.ascontiguousarray(self.pixels).tobytes() + self.labels.tobytes())
+
+    def image(self, index: int) -> Tensor:
+        return torch.from_numpy(self.pixels[index]).permute(2, 0, 1)
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.title!r}"
+
+
+@dataclass
+class _Shards:
+    shards: Shards
+    class_names: list[str] | None = None
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self.shards.labels
+
+    @property
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint
+
+    def image(self, index: int) -> Tensor:
+        return _decode(self.shards.read(index, *IMAGES), self.shards.name(index))
+
+    def name(self, index: int) -> str:
+        return self.shards.name(index)
+
+
+@dataclass
+class _Folder:
+    root: Path
+    paths: list[str]  # below the root
+    labels: npt.NDArray[np.int64]
+    class_names: list[str] | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        sizes = [os.path.getsize(self.root / path) for path in self.paths]
+        return digest("\n".join(f"{path} {size}" for path, size in zip(self.paths, sizes, strict=True)).encode())
+
+    def image(self, index: int) -> Tensor:
+        return _decode((self.root / self.paths[index]).read_bytes(), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"image {str(self.root / self.paths[index])!r}"
+
+
+def _decode(data: bytes, name: str) -> Tensor:
+    """RGB pixels, uint8 (3, H, W)."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow raises whatever goes wrong inside its decoders
+        raise UndecodableImageError(
+            f"{name} cannot be decoded ({error}): repair or remove it, or pass skip_broken=True"
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _digits() -> _Source:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    grey = (found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8) with 16 shades
+    return _Arrays("digits", grey[..., None].repeat(3, axis=3), found.target.astype(np.int64), list("0123456789"))
+
+
+def _cifar(source: str, argument: str, root: Path, download: bool) -> _Source:
+    from torchvision import datasets
+
+    name, _, part = source.partition("-")
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    try:
+        found = kind(str(root), train=part != "test", download=download)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{argument}={source!r} cannot be downloaded to {str(root)!r} ({error}): put torchvision's files there, or "
+            "write shards where there is a network (recipes/write_shards.py), or use 'digits'"
+        ) from error
+    return _Arrays(source, found.data, np.array(found.targets, np.int64), list(found.classes))
+
+
+def _folder(source: str, argument: str) -> _Source:
+    from torchvision.datasets import ImageFolder
+
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise ValueError(
+            f"{argument}={source!r} is neither a folder nor one of {', '.join(_CLASSES)}; shards end in .tar"
+        )
+    try:
+        found = ImageFolder(str(root))
+    except FileNotFoundError as error:
+        shards = f"; for its shards, write {source.rstrip('/')}/*.tar" if any(root.glob("*.tar")) else ""
+        raise ValueError(
+            f"{argument}={source!r} has to hold one folder of images per class ({error}){shards}"
+        ) from error
+    paths = [os.path.relpath(path, root) for path, _ in found.samples]
+    return _Folder(root, paths, np.array(found.targets, np.int64), list(found.classes))
+
+
+# ---- data sets
+
+
+def _fit(image: Tensor, size: int) -> Tensor:
+    """The middle square of an image, after its shorter side was resized: (3, S, S)."""
+    if image.shape[-2:] == (size, size):
+        return image
+    return v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
+
+
+def _standard(size: int, flip: bool) -> v2.Transform:
+    """Pad and crop small images (He et al. 2016, section 4.2), crop large ones at any scale (Szegedy et al. 2015)."""
+    crop = v2.RandomCrop(size, padding=max(1, size // 8)) if size <= _SMALL else v2.RandomResizedCrop(size)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
+
+
+class _Images(Dataset[Batch]):
+    """Images of a source, a whole batch at a time.
+
+    Args:
+        source: Where they come from.
+        rows: Which of them, (N,).
+        size: Side of the images.
+        augment: Transform of one uint8 image to (3, size, size), drawing from torch's generator; None takes the middle.
+        train: Keys carry the epoch, and the size of the batch.
+        seed: Of the augmentation.
+        mean: Of each channel, with pixels in [0, 1].
+        std: Likewise.
+        skip_broken: Let the next image stand in for one that cannot be decoded.
+        cache_bytes: Memory for decoded images, of all processes together.
+    """
+
+    def __init__(
+        self,
+        source: _Source,
+        rows: npt.NDArray[np.int64],
+        *,
+        size: int,
+        augment: v2.Transform | None = None,
+        train: bool = False,
+        seed: int = 0,
+        mean: Sequence[float],
+        std: Sequence[float],
+        skip_broken: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.source, self.rows, self.size, self.augment, self.seed = source, rows, size, augment, seed
+        self.epochwise = self.sized = train
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.skip_broken = skip_broken
+        self.processes = 1  # that share the images in an epoch, told by whoever makes the loader
+        self.cache_bytes = cache_bytes
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[int, Tensor] = {}  # uint8
+        self._kept_bytes = 0
+        self._broken: set[int] = set()  # positions met in this process and epoch
+        self._epoch = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # a worker that is not forked decodes for itself
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Of all images, (N,)."""
+        return self.source.labels[self.rows]
+
+    def _image(self, position: int) -> Tensor:
+        """Decoded and, unless a random crop needs all of it, of the right size."""
+        image = self._kept.get(position)
+        if image is None:
+            image = self.source.image(int(self.rows[position]))
+            if self.augment is None or self.size <= _SMALL:
+                image = _fit(image, self.size)
+            if self._kept_bytes + image.nbytes <= self.cache_bytes / self.processes:
+                self._kept[position], self._kept_bytes = image, self._kept_bytes + image.nbytes
+        return image
+
+    def _readable(self, epoch: int, position: int) -> tuple[Tensor, int]:
+        """Image and label; those of the next readable image where this one is broken and may be passed over."""
+        for candidate in range(position, position + len(self)):
+            try:
+                image = self._image(candidate % len(self))
+            except UndecodableImageError as error:
+                if not self.skip_broken:
+                    raise
+                self._count_broken(epoch, candidate % len(self), error)
+            else:
+                return image, int(self.source.labels[self.rows[candidate % len(self)]])
+        raise ValueError(f"none of {len(self)} images can be decoded, among them {self.source.name(int(self.rows[0]))}")
+
+    def _count_broken(self, epoch: int, position: int, error: Exception) -> None:
+        """Warn of the first, second, fourth... and give up beyond one percent of what this process reads an epoch."""
+        if epoch != self._epoch:
+            self._epoch, self._broken = epoch, set()
+        if position in self._broken:
+            return
+        self._broken.add(position)
+        count, share = len(self._broken), len(self) / self.processes
+        if count > max(1, _BROKEN * share):
+            raise ValueError(
+                f"{count} of about {share:.0f} images cannot be decoded, more than {_BROKEN:.0%}: the data set is "
+                f"damaged. The last one: {error}"
+            ) from error
+        if count & (count - 1) == 0:
+            name = self.source.name(int(self.rows[position]))
+            warnings.warn(
+                f"{name} cannot be decoded ({error.__cause__}); the next image stands in for it ({count} so far)",
+                stacklevel=2,
+            )
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        side = None
+        images, labels = [], []
+        with torch.random.fork_rng(devices=[], enabled=self.augment is not None):
+            for key in keys:
+                epoch, position, side = (*key, None)[:3] if isinstance(key, tuple) else (0, key, None)
+                image, label = self._readable(epoch, position)
+                if self.augment is not None:
+                    torch.default_generator.manual_seed(derive_seed(self.seed, epoch, position))
+                    image = self.augment(image)
+                images.append(image)
+                labels.append(label)
+        batch = torch.stack(images).float().div_(255)  # (B, 3, S, S)
+        if side is not None and side != self.size:
+            batch = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
+        return batch.sub_(self.mean).div_(self.std), torch.tensor(labels)
+
+    def __getitem__(self, key: Key) -> Batch:
+        images, labels = self.__getitems__([key])
+        return images[0], labels[0]
+
+
+class ImageDataModule(ResumableDataModule):
+    """Images and their classes, from scanned digits, WebDataset shards, a folder, or CIFAR.
+
+    Batches are tuples of images, float32 (B, 3, S, S), and classes, int64 (B,). Order and augmentation of training are
+    functions of (seed, epoch, position), whatever the number of workers; validation takes the middle of each image and
+    never changes. Resuming continues with the very next batch, and is refused on other data.
+
+    Args:
+        source: ``"digits"``, 1,797 scans of 8 x 8 pixels that come with scikit-learn; a folder with one folder of
+            images per class; shards such as ``"train-{000..009}.tar"``, with a ``jpg`` or ``png`` and a ``cls`` per
+            sample; or ``"cifar10"``, ``"cifar100"``, which torchvision downloads. ``"cifar10-test"`` is its test set.
+        val_source: Of the validation images, any of the above; None holds out some of the training images.
+        image_size: Side S in pixels; others are resized and cropped.
+        batch_size: Images per batch and device.
+        num_classes: None takes it from the training images.
+        augmentation: ``"standard"`` pads, crops and flips up to 64 pixels, and beyond takes crops of random scale and
+            flips them; digits are not flipped. ``"none"`` leaves images as they are.
+        mean: Subtracted from each channel, with pixels in [0, 1].
+        std: What each channel is then divided by; these two bring pixels to [-1, 1], as timm does for its ViTs.
+        val_fraction: Share of the images that is held out where there is no ``val_source``, in (0, 1).
+        max_val_images: Validate on a fixed random choice of so many; None validates on all.
+        skip_broken: Let the next image stand in for one that cannot be decoded, and warn. More than 1% of them (of
+            what one process reads in an epoch, but at least one) are an error all the same.
+        seed: Of the training data's order and augmentation.
+        split_seed: Of the held-out images; apart from ``seed``, so that runs of several seeds are validated on the
+            same images.
+        num_workers: Processes that make the batches.
+        cache_bytes: Memory for decoded training images, of all processes together; as much again for validation.
+        cache_dir: Folder for indices and downloads; None is $LIT_SCALE_CACHE, or ~/.cache/lit_scale.
+
+    Raises:
+        ValueError: An argument is out of its range; or, as soon as the source is looked at: it does not exist, cannot
+            be downloaded, is damaged, too small, has other classes than the validation images, or a class outside of
+            ``num_classes``.
+
+    Example:
+        >>> data = ImageDataModule("digits", image_size=16, batch_size=8)
+        >>> data.prepare_data(); data.setup()
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, labels.shape, data.num_classes
+        (torch.Size([8, 3, 16, 16]), torch.Size([8]), 10)
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "digits",
+        *,
+        val_source: str | list[str] | None = None,
+        image_size: int = 32,
+        batch_size: int = 128,
+        num_classes: int | None = None,
+        augmentation: Literal["none", "standard"] = "standard",
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        val_fraction: float = 0.1,
+        max_val_images: int | None = None,
+        skip_broken: bool = False,
+        seed: int = 0,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        cache_bytes: int = 2**28,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
+        check_at_least(
+            image_size=(image_size, 1),
+            num_classes=(num_classes, 1),
+            max_val_images=(max_val_images, 1),
+            cache_bytes=(cache_bytes, 0),
+        )
+        if augmentation not in ("none", "standard"):
+            raise ValueError(f"augmentation={augmentation!r}: must be 'none' or 'standard'")
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(f"mean={mean}, std={std}: must be three numbers each, those of std above 0")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1, such as 0.1")
+        self.source = source
+        self.val_source = val_source
+        self.image_size = image_size
+        self.augmentation = augmentation
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.val_fraction = val_fraction
+        self.max_val_images = max_val_images
+        self.skip_broken = skip_broken
+        self.split_seed = split_seed
+        self.cache_bytes = cache_bytes
+        self.cache_dir = cache_folder(cache_dir)
+        self.train_set: _Images
+        self.validation_set: _Images
+        self._given_classes = num_classes
+        self._sources: dict[str, _Source] = {}  # those that were opened, by argument
+        self._ready = False
+
+    def _open(self, argument: str, *, download: bool = False) -> _Source:
+        """The source of this argument, read on first use."""
+        if argument not in self._sources:
+            self._sources[argument] = self._find(getattr(self, argument), argument, download)
+        return self._sources[argument]
+
+    def _find(self, source: str | list[str], argument: str, download: bool) -> _Source:
+        if not isinstance(source, str) or is_pattern(source):
+            return _Shards(Shards(source, need=[IMAGES, ("cls",)], cache_dir=self.cache_dir))
+        if source == "digits":
+            return _digits()
+        if source.removesuffix("-test") in _CLASSES:
+            return _cifar(source, argument, self.cache_dir / "torchvision", download)
+        return _folder(source, argument)
+
+    @property
+    def num_classes(self) -> int:
+        """As given, else those of the training images, which are looked at for it."""
+        if self._given_classes is not None:
+            return self._given_classes
+        if isinstance(self.source, str) and self.source.removesuffix("-test") in _CLASSES:
+            return _CLASSES[self.source.removesuffix("-test")]
+        source = self._open("source")
+        return len(source.class_names) if source.class_names else int(source.labels.max()) + 1
+
+    @property
+    def chance_accuracy(self) -> float:
+        """Accuracy on the validation images of always answering with the most frequent class among them."""
+        return float(np.bincount(self.validation_set.labels).max() / len(self.validation_set))
+
+    # ---- from files to data sets
+
+    def prepare_data(self) -> None:
+        for argument in ("source", *(["val_source"] if self.val_source is not None else [])):
+            self._open(argument, download=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        train = validation = self._open("source")
+        rows = np.arange(len(train.labels))
+        if self.val_source is not None:
+            validation = self._open("val_source")
+            held_out = np.arange(len(validation.labels))
+            if None not in (train.class_names, validation.class_names) and train.class_names != validation.class_names:
+                raise ValueError(
+                    f"val_source={self.val_source!r} has classes {validation.class_names}, but source={self.source!r} "
+                    f"has {train.class_names}: both need a folder for each class"
+                )
+        else:
+            order = _permutation(len(rows), self.split_seed, "split")
+            count = min(max(1, round(self.val_fraction * len(rows))), len(rows) - 1)
+            rows, held_out = np.sort(order[count:]), np.sort(order[:count])
+        if self.max_val_images is not None and len(held_out) > self.max_val_images:
+            chosen = _permutation(len(held_out), self.split_seed, "validation")[: self.max_val_images]
+            held_out = held_out[np.sort(chosen)]
+        if len(rows) < self.batch_size:
+            raise ValueError(
+                f"source={self.source!r} is too small: {len(rows)} images for batch_size={self.batch_size}"
+            )
+        for source in (train, validation):
+            self._check_labels(source)
+        flip = self.source != "digits"
+        settings: dict[str, Any] = {"size": self.image_size, "mean": self.mean, "std": self.std}
+        settings |= {"skip_broken": self.skip_broken, "cache_bytes": self.cache_bytes}
+        augment = _standard(self.image_size, flip) if self.augmentation == "standard" else None
+        self.train_set = _Images(train, rows, augment=augment, train=True, seed=self.seed, **settings)
+        self.validation_set = _Images(validation, held_out, **settings)
+        self._ready = True
+        self.go_on()
+
+    def _check_labels(self, source: _Source) -> None:
+        classes = self.num_classes
+        wrong = (source.labels < 0) | (source.labels >= classes)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise ValueError(
+                f"{source.name(first)} is of class {source.labels[first]}, but num_classes={classes} allows 0 to "
+                f"{classes - 1} ({int(wrong.sum())} of {len(wrong)} images): pass num_classes={source.labels.max() + 1}"
+                " or mend the labels"
+            )
+
+    def _loader(self, dataset: Any, *, shuffle: bool = False, drop_last: bool = False) -> ResumableLoader:
+        loader = super()._loader(dataset, shuffle=shuffle, drop_last=drop_last)
+        dataset.processes = getattr(loader.sampler, "num_replicas", 1) * max(1, self.num_workers)
+        return loader
+
+    def settings(self) -> dict[str, Any] | None:
+        """All that training batches depend on; None before setup."""
+        if not self._ready:
+            return None
+        names = ("image_size", "batch_size", "augmentation", "seed")
+        held_out = {} if self.val_source is not None else {"val_fraction": self.val_fraction}
+        return {
+            "source": self._open("source").fingerprint,
+            **{name: getattr(self, name) for name in names},
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **held_out,
+            "split_seed": self.split_seed,
+        }
+
+
+def _permutation(size: int, *seed: int | str) -> npt.NDArray[np.int64]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(*seed))).numpy()
