@@ -1,0 +1,202 @@
+"""Patch dropping (FLIP, Li et al. 2023, arXiv 2212.00794, section 3): train on a random part of each image's patches.
+
+    tokens = [class and register tokens, random subset of the patches]; the last steps of the run see all of them
+
+A step's cost falls about with the share of the patches that stays; images are never masked in evaluation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_scale.technique import Technique, progress
+
+__all__ = ["PatchDropping"]
+
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # as Hugging Face calls them
+_PATCHES = ("patch_embeddings", "patch_embedding")
+_INSIDE = re.compile("rope|rotary|relative_position|rel_pos", re.IGNORECASE)
+
+
+class PatchDropping(Technique):
+    """Drops a random part of the patches of any timm or Hugging Face Vision Transformer while it trains.
+
+    Each image loses patches of its own, drawn from torch's default generator, which
+    :class:`~lit_scale.guards.StepSeed` makes a function of (seed, rank, batch). Class and register tokens stay. In the
+    last ``tune`` of the run nothing is dropped, so that the network gets used to whole images (FLIP's unmasked tuning).
+
+    timm's networks drop at their own place for it (``patch_drop``), also where positions are rotary. Others drop
+    behind the embedding, once positions are added: found by itself in Hugging Face's ViT, DeiT, DINOv2, CLIP and
+    SigLIP, elsewhere named by ``embedding``. Works under plain DDP: every parameter has a gradient.
+
+    Args:
+        fraction: Share of the patches that is dropped (0.5, section 4.1 of the paper).
+        tune: Fraction of the run, at its end, that trains on all patches.
+        embedding: Dotted path of the module whose output (B, T, C) is all tokens with their positions; needed only
+            where it cannot be found. For torchvision's ViT that is ``"encoder.dropout"``.
+        prefix: How many tokens at the front of that output are no patches; None is what its class and register tokens
+            add up to.
+
+    Raises:
+        ValueError: At construction or in ``setup``, if a number is out of its range, or the network has no place to
+            drop patches, several, drops patches already, or has positions inside of its blocks.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> dropping = PatchDropping(0.5, tune=0.1)
+        >>> trainer = Trainer(max_steps=1_000, callbacks=[dropping], logger=False)
+    """
+
+    factor = "tokens"
+
+    def __init__(
+        self, fraction: float = 0.5, tune: float = 0.05, *, embedding: str | None = None, prefix: int | None = None
+    ) -> None:
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"fraction={fraction} must lie between 0 and 1, such as 0.5")
+        if not 0.0 <= tune < 1.0:
+            raise ValueError(f"tune={tune} is not a fraction of the run in [0, 1)")
+        if prefix is not None and (embedding is None or prefix < 0):
+            raise ValueError(f"prefix={prefix}: give it along with embedding='...', and not negative")
+        self.fraction, self.tune = fraction, tune
+        self.embedding, self.prefix = embedding, prefix
+        self._now = 0.0  # the share that is dropped at this step
+        self._decided_at = -1  # optimizer step at which that was decided
+        self._module: Any = None  # where patches are dropped
+        self._before: Any = None  # what was there before
+        self._dropout: Any
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as plain values for the checkpoint."""
+        return {"fraction": self.fraction, "tune": self.tune, "embedding": self.embedding, "prefix": self.prefix}
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a network whose patches cannot be dropped."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            _find(pl_module, self.embedding)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the dropping into its place."""
+        self._attach(_find(pl_module, self.embedding))
+        self._decided_at = -1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Drop until the tuning begins; decided once per optimizer step, never inside an accumulation window."""
+        if trainer.global_step != self._decided_at:
+            self._decided_at = trainer.global_step
+            self._drop(self.fraction if progress(trainer) < 1.0 - self.tune else 0.0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a plain network behind."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a plain network behind."""
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave a plain network behind."""
+        self._detach()
+
+    # -- the technique ------------------------------------------------------------------------------------------------
+
+    def _attach(self, module: Any) -> None:
+        from timm.layers import PatchDropout
+        from timm.layers.patch_dropout import PatchDropoutWithIndices
+
+        self._detach()
+        if hasattr(module, "patch_drop"):
+            self._before = module.patch_drop
+            kind = PatchDropoutWithIndices if self._before is None else PatchDropout  # rotary positions need to know
+            module.patch_drop = self._dropout = kind(0.0, module.num_prefix_tokens).train(module.training)
+        else:
+            self._before = module.__dict__.get("forward")
+            self._dropout = PatchDropout(0.0, _prefix_tokens(module) if self.prefix is None else self.prefix)
+            module.forward = partial(_dropping_forward, module.forward, module, self._dropout)
+        self._module = module
+
+    def _detach(self) -> None:
+        module, self._module = self._module, None
+        if module is None:
+            return
+        if hasattr(module, "patch_drop"):
+            del module.patch_drop  # so that None is a plain attribute again, and no name of a part
+            module.patch_drop = self._before
+        else:
+            del module.forward
+            if self._before is not None:
+                module.forward = self._before
+
+    def _drop(self, fraction: float) -> None:
+        self._dropout.prob = self._now = fraction
+
+    # -- the clock ----------------------------------------------------------------------------------------------------
+
+    def is_plain(self) -> bool:
+        """Nothing is dropped."""
+        return self._now == 0.0
+
+    def step_shape(self) -> dict[str, Any]:
+        """The share of the patches that is dropped."""
+        return {"dropped": self._now}
+
+    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+        """Drop as many patches as at an earlier step."""
+        self._drop(shape["dropped"])
+
+
+def _dropping_forward(
+    forward: Callable[..., Any], module: nn.Module, drop: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Forward of an embedding some of whose patches are left out in training."""
+    tokens = forward(*args, **kwargs)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        raise ValueError(
+            f"PatchDropping expects tokens (B, T, C) from {type(module).__name__}, but it returns a "
+            f"{type(tokens).__name__}; name another module with embedding='...'"
+        )
+    drop.train(module.training)
+    return drop(tokens)
+
+
+def _prefix_tokens(module: nn.Module) -> int:
+    """Tokens before the patches: each of these is (C,) or (1, R, C)."""
+    tokens = [getattr(module, name, None) for name in _PREFIX]
+    return sum(1 if token.ndim == 1 else token.shape[-2] for token in tokens if isinstance(token, Tensor))
+
+
+def _find(model: nn.Module, path: str | None) -> nn.Module:
+    """Where the patches of a network can be dropped: a timm network itself, or the embedding of another."""
+    parts = list(model.modules())
+    found = [part for part in parts if hasattr(part, "patch_drop") and hasattr(part, "num_prefix_tokens")]
+    found = found or [part for part in parts if any(hasattr(part, name) for name in _PATCHES)]
+    if path is not None:
+        try:
+            found = [model.get_submodule(path)]
+        except AttributeError:
+            raise ValueError(f"embedding={path!r}: {type(model).__name__} has no such part") from None
+    if len(found) != 1:
+        what = "no Vision Transformer" if not found else f"{len(found)} Vision Transformers"
+        raise ValueError(
+            f"found {what} in {type(model).__name__}; name the module that returns all tokens (B, T, C) with their "
+            "positions added: PatchDropping(embedding='...', prefix=...)"
+        )
+    if hasattr(found[0], "patch_drop"):
+        if not isinstance(found[0].patch_drop, nn.Identity | None):
+            raise ValueError(f"{type(found[0]).__name__} drops patches already; build it with patch_drop_rate=0")
+        return found[0]
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if _INSIDE.search(name)]
+    if names:
+        raise ValueError(
+            f"{type(model).__name__} has positions inside of its blocks ({names[0]}), which need all patches"
+        )
+    return found[0]

@@ -1,0 +1,218 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_scale.callbacks import MaskedTokenSkip, PatchDropping
+from lit_scale.cost import CostMeter
+from lit_scale.guards import StepSeed
+from lit_scale.models import MaskedAutoencoder
+from tests.foreign_models import WIDTH, build, quiet_trainer, save_every_step
+from tests.image_models import PATCHES, pictures, tiny_mae, viewer
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+STEPS = 8
+SEEN = PATCHES // 4
+
+
+def train(
+    module: LightningModule,
+    root: Path,
+    *callbacks: Callback,
+    resume: Path | None = None,
+    size: int = 20,
+    **options: Any,
+) -> Trainer:
+    trainer = quiet_trainer(root, callbacks=[*callbacks, StepSeed()], **({"max_steps": STEPS} | options))
+    trainer.fit(module, pictures(size=size), pictures(size=4, shuffle=False), ckpt_path=resume)
+    return trainer
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+class Lengths(Callback):
+    """How many tokens reach the first block of encoder and decoder, in training and in validation."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, bool], set[int]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name in ("encoder.blocks.0", "decoder.0"):
+
+            def look(block: nn.Module, args: Any, name: str = name) -> None:
+                self.seen.setdefault((name, block.training), set()).add(args[0].shape[1])
+
+            pl_module.get_submodule(name).register_forward_pre_hook(look)
+
+
+# ---- what it changes
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_encoder_sees_a_quarter_with_it_and_everything_without(skip: bool, tmp_path: Path) -> None:
+    module, lengths = tiny_mae(), Lengths()
+    train(module, tmp_path, *([MaskedTokenSkip()] if skip else []), lengths, val_check_interval=1)
+    encoded, decoded = {1 + (SEEN if skip else PATCHES)}, {1 + PATCHES}  # with the class token
+    assert lengths.seen == {
+        (name, training): tokens
+        for name, tokens in (("encoder.blocks.0", encoded), ("decoder.0", decoded))
+        for training in (True, False)
+    }
+    assert module.encode_masked is not skip
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_run_is_that_of_the_model_built_so_by_hand(skip: bool, tmp_path: Path) -> None:
+    with_callback, by_hand = tiny_mae(), tiny_mae(encode_masked=not skip)
+    one = train(with_callback, tmp_path, *([MaskedTokenSkip()] if skip else []))
+    other = train(by_hand, tmp_path)
+    assert same(with_callback.state_dict(), by_hand.state_dict())
+    assert same(one.optimizers[0].state_dict(), other.optimizers[0].state_dict())
+    assert same(dict(one.callback_metrics), dict(other.callback_metrics))
+
+
+def test_both_hide_and_restore_the_same_pixels() -> None:
+    module, (images, _) = tiny_mae(), next(iter(pictures()))
+    expected = None
+    for encode_masked in (True, False):
+        module.encode_masked = encode_masked
+        torch.manual_seed(3)
+        targets = module.targets(images, module.random_order(images))
+        assert expected is None or torch.equal(targets, expected)
+        expected = targets
+
+
+def test_the_clock_counts_what_the_formula_says(tmp_path: Path) -> None:
+    each = {}
+    for skip in (True, False):
+        meter = CostMeter(repeats=1, filename=f"{skip}.json")
+        train(tiny_mae(), tmp_path, *([MaskedTokenSkip()] if skip else []), meter, size=32, limit_val_batches=0)
+        (shape,) = json.loads((tmp_path / f"{skip}.json").read_text())["shapes"]
+        assert shape["plain"] is not skip
+        assert shape.get("encode_masked", True) is not skip
+        assert shape["seconds_each"] > 0
+        each[skip] = shape["flops_each"]
+    # Of two blocks: the linear maps, 24 C^2 a token, once forward and twice backward; attention, 4 T^2 C, once forward
+    # and 2.5 times backward. Beside them the projection to the decoder: of all patches, or of the seen and one token.
+    tokens, kept, inner = 1 + PATCHES, 1 + SEEN, 8
+    blocks = 2 * 4 * (3 * (tokens - kept) * 24 * WIDTH**2 + 3.5 * (tokens**2 - kept**2) * 4 * WIDTH)
+    projection = 3 * 2 * WIDTH * inner * (4 * (tokens - kept) - 1)
+    assert each[False] - each[True] == blocks + projection
+
+
+# ---- exact resume
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_from_any_step(tmp_path: Path) -> None:
+    def run(resume: Path | None = None, *callbacks: Callback) -> tuple[Any, ...]:
+        torch.manual_seed(99 if resume else 1)
+        module = tiny_mae(seed=1 if resume else 0)
+        options: dict[str, Any] = {"enable_checkpointing": True, "val_check_interval": 1, "gradient_clip_val": 0.05}
+        trainer = train(module, tmp_path, MaskedTokenSkip(), *callbacks, resume=resume, **options)
+        return module.state_dict(), trainer.optimizers[0].state_dict(), dict(trainer.callback_metrics)
+
+    whole = run(None, save_every_step(tmp_path / "whole"))
+    for stop in range(1, STEPS):
+        assert same(whole, run(tmp_path / "whole" / f"step={stop}.ckpt"))
+
+
+def test_without_counted_randomness_a_resumed_run_differs(tmp_path: Path) -> None:
+    def run(resume: Path | None = None, *callbacks: Callback) -> dict[str, Tensor]:
+        module = tiny_mae(seed=1 if resume else 0)
+        torch.manual_seed(7)
+        trainer = quiet_trainer(
+            tmp_path, max_steps=4, callbacks=[MaskedTokenSkip(), *callbacks], enable_checkpointing=bool(callbacks)
+        )
+        trainer.fit(module, pictures(), ckpt_path=resume)
+        return module.state_dict()
+
+    whole = run(None, save_every_step(tmp_path / "whole"))
+    assert same(whole, run())
+    assert not same(whole, run(tmp_path / "whole" / "step=2.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half")
+    trainer = train(tiny_mae(), folder, MaskedTokenSkip(), max_steps=4)
+    trainer.save_checkpoint(folder / "half.ckpt")
+    return folder / "half.ckpt"
+
+
+def test_a_checkpoint_knows_how_it_was_trained(half: Path, tmp_path: Path) -> None:
+    assert torch.load(half, weights_only=True)["lit_scale_techniques"] == {"MaskedTokenSkip": {"autoencoder": None}}
+    module = MaskedAutoencoder.load_from_checkpoint(half)
+    assert module.encode_masked is False
+    data = pictures(size=8, shuffle=False)
+    expected = quiet_trainer(tmp_path).validate(module, data, verbose=False)
+    for callbacks in ([], [MaskedTokenSkip()]):
+        trainer = quiet_trainer(tmp_path, callbacks=callbacks)
+        assert trainer.validate(tiny_mae(seed=3), data, ckpt_path=half, verbose=False) == expected
+
+
+def test_it_must_not_be_left_out_at_resume(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trained with MaskedTokenSkip, which is missing"):
+        train(tiny_mae(), tmp_path, resume=half)
+
+
+def test_it_can_join_a_run_that_began_without_it(tmp_path: Path) -> None:
+    train(tiny_mae(), tmp_path, max_steps=4).save_checkpoint(tmp_path / "plain.ckpt")
+    module, lengths = tiny_mae(), Lengths()
+    train(module, tmp_path, MaskedTokenSkip(), lengths, resume=tmp_path / "plain.ckpt")
+    assert lengths.seen["encoder.blocks.0", True] == {1 + SEEN}
+    assert module.encode_masked is False
+
+
+# ---- bad input
+
+
+class Pair(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = tiny_mae(), tiny_mae()
+
+
+def test_one_of_several_autoencoders_is_chosen_by_name(tmp_path: Path) -> None:
+    module = Pair()
+    skip = MaskedTokenSkip("other")
+    skip.setup(quiet_trainer(tmp_path, callbacks=[skip]), module, "fit")
+    assert (module.one.encode_masked, module.other.encode_masked) == (True, False)
+    assert skip.step_shape() == {"encode_masked": False}
+    assert not skip.is_plain()
+    skip.impose_shape(quiet_trainer(tmp_path), module, {"encode_masked": True})
+    assert skip.is_plain()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: build("bert"), {}, "BertMLM holds no masked autoencoder.*for classifiers there is PatchDropping"),
+        (lambda: viewer("timm"), {}, "Timm holds no masked autoencoder"),
+        (Pair, {}, "Pair holds several autoencoders; choose one with autoencoder=: 'one', 'other'"),
+        (Pair, {"autoencoder": "none"}, "autoencoder='none' has no switch encode_masked; those that have: 'one'"),
+    ],
+)
+def test_a_module_without_the_switch_is_refused_at_setup(
+    make: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    skip = MaskedTokenSkip(**options)
+    with pytest.raises(ValueError, match=message):
+        skip.setup(quiet_trainer(tmp_path, callbacks=[skip]), make(), "fit")
+
+
+def test_two_techniques_that_change_the_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="both change the tokens of a step"):
+        train(tiny_mae(), tmp_path, MaskedTokenSkip(), PatchDropping())

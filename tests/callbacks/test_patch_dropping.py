@@ -1,0 +1,355 @@
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_scale.callbacks import PatchDropping
+from lit_scale.cost import CostMeter
+from lit_scale.guards import StepSeed
+from tests.foreign_models import DEPTH, WIDTH, all_blocks, build, loader, quiet_trainer, save_every_step
+from tests.image_models import PATCHES, VIEWERS, Viewer, pictures, viewer
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+STEPS = 8
+
+
+class Tokens(Callback):
+    """What reaches the first block: (optimizer steps done, tokens (B, T, C)) of each batch."""
+
+    def __init__(self) -> None:
+        self.train: list[tuple[int, Tensor]] = []
+        self.validation: list[Tensor] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def look(block: nn.Module, args: Any, kwargs: Any) -> None:
+            tokens = (args or tuple(kwargs.values()))[0].detach()
+            if block.training:
+                self.train.append((trainer.global_step, tokens))
+            else:
+                self.validation.append(tokens)
+
+        first = all_blocks(pl_module, pl_module.blocks)[0]
+        self.hook = first.register_forward_pre_hook(look, with_kwargs=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.hook.remove()
+
+
+def train(
+    module: Viewer,
+    root: Path,
+    dropping: PatchDropping | None,
+    *callbacks: Callback,
+    resume: Path | None = None,
+    size: int = 20,
+    **options: Any,
+) -> Trainer:
+    if dropping is not None:
+        callbacks = (dropping, *callbacks)
+    trainer = quiet_trainer(root, callbacks=[StepSeed(), *callbacks], **({"max_steps": STEPS} | options))
+    trainer.fit(module, pictures(size=size), pictures(size=4, shuffle=False), ckpt_path=resume)
+    return trainer
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+# ---- what is dropped
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.75])
+@pytest.mark.parametrize("name", VIEWERS)
+def test_a_random_part_of_each_images_patches_stays_and_all_tokens_before_them(
+    name: str, fraction: float, tmp_path: Path
+) -> None:
+    module, tokens = viewer(name, dropout=0.0), Tokens()
+    before = copy.deepcopy(module)
+    dropping = PatchDropping(fraction, tune=0.0, **module.options)
+    train(module, tmp_path, dropping, tokens, max_steps=1, val_check_interval=1)
+    ((_, found),) = tokens.train
+
+    whole = Tokens()  # the same batch and weights, whole images
+    train(before, tmp_path, None, whole, max_steps=1)
+    ((_, expected),) = whole.train
+    kept = round(PATCHES * (1 - fraction))
+    assert expected.shape[1] == module.prefix + PATCHES
+    assert found.shape[1] == module.prefix + kept
+    assert torch.equal(found[:, : module.prefix], expected[:, : module.prefix])
+    chosen = []
+    for one, all_ in zip(found[:, module.prefix :], expected[:, module.prefix :], strict=True):
+        where = (one[:, None] == all_[None]).all(-1)  # (kept, patches)
+        assert where.sum(1).tolist() == [1] * kept  # each is one of the image's patches
+        chosen.append(frozenset(where.int().argmax(1).tolist()))
+        assert len(chosen[-1]) == kept  # none twice
+    assert len(set(chosen)) > 1  # of its own for each image
+    assert {seen.shape[1] for seen in tokens.validation} == {module.prefix + PATCHES}
+
+
+def test_it_trains_as_timms_own_patch_dropout_does(tmp_path: Path) -> None:
+    from timm.layers import PatchDropout
+
+    weights = []
+    for own in (True, False):
+        module = viewer("timm")
+        if own:
+            module.net.patch_drop = PatchDropout(0.5, num_prefix_tokens=3)
+        train(module, tmp_path, None if own else PatchDropping(0.5, tune=0.0))
+        weights.append(module.state_dict())
+    assert same(*weights)
+    assert not same(weights[0], viewer("timm").state_dict())
+
+
+@pytest.mark.parametrize("name", ["timm", "hf_vit"])
+@pytest.mark.parametrize(
+    ("limits", "tune", "dropped"),
+    [
+        ({}, 0.0, [1] * 8),
+        ({}, 0.25, [1, 1, 1, 1, 1, 1, 0, 0]),  # progress 6/8 is where the last quarter begins
+        ({}, 0.2, [1, 1, 1, 1, 1, 1, 1, 0]),  # 6/8 is before 0.8, 7/8 is not
+        ({"max_steps": -1, "max_epochs": 2, "size": 16}, 0.5, [1, 1, 1, 1, 0, 0, 0, 0]),
+        ({"max_steps": 4, "accumulate_grad_batches": 2, "size": 16}, 0.5, [1, 1, 1, 1, 0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_the_end_of_the_run_sees_whole_images(
+    name: str, limits: dict[str, Any], tune: float, dropped: list[int], tmp_path: Path
+) -> None:
+    module, tokens = viewer(name), Tokens()
+    train(module, tmp_path, PatchDropping(tune=tune), tokens, **limits)
+    assert [int(seen.shape[1] < module.prefix + PATCHES) for _, seen in tokens.train] == dropped
+
+
+@pytest.mark.parametrize("name", VIEWERS)
+def test_evaluation_and_what_is_left_behind_are_the_plain_networks(name: str, tmp_path: Path) -> None:
+    module = viewer(name)
+    parts = dict(module.net.named_modules())
+    before = {path: (type(part), set(part.__dict__), set(part._modules)) for path, part in parts.items()}
+    trainer = train(module, tmp_path, PatchDropping(tune=0.0, **module.options), val_check_interval=1)
+    parts = dict(module.net.named_modules())
+    assert {path: (type(part), set(part.__dict__), set(part._modules)) for path, part in parts.items()} == before
+    plain = viewer(name, seed=1)
+    plain.load_state_dict(module.state_dict())
+    (expected,) = quiet_trainer(tmp_path).validate(plain, pictures(size=4, shuffle=False), verbose=False)
+    assert trainer.callback_metrics["val/loss"].item() == expected["val/loss"]
+
+
+class Fails(Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise RuntimeError("half way")
+
+
+@pytest.mark.parametrize("name", ["timm", "timm_rotary", "hf_vit"])
+def test_an_exception_leaves_a_plain_network_behind(name: str, tmp_path: Path) -> None:
+    module = viewer(name, dropout=0.0)
+    images = next(iter(pictures()))[0]
+    with pytest.raises(RuntimeError, match="half way"):
+        train(module, tmp_path, PatchDropping(), Fails())
+    module.train()
+    assert torch.equal(module.logits({"image": images}), module.logits({"image": images}))  # nothing random is left
+
+
+def test_a_forward_that_somebody_put_on_the_embedding_survives(tmp_path: Path) -> None:
+    module = viewer("hf_vit")
+    own, calls = module.net.embeddings.forward, []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    module.net.embeddings.forward = counted
+    train(module, tmp_path, PatchDropping(), limit_val_batches=0)
+    assert module.net.embeddings.forward is counted
+    assert len(calls) == STEPS
+
+
+# ---- exact resume
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm", {}),
+        ("timm", {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "max_steps": 4}),
+        ("timm_rotary", {}),
+        ("hf_vit", {}),
+        ("plain", {}),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    def run(resume: Path | None = None, *callbacks: Callback) -> tuple[Any, ...]:
+        torch.manual_seed(99 if resume else 1)
+        module = viewer(name, seed=1 if resume else 0)
+        dropping = PatchDropping(tune=0.25, **module.options)
+        trainer = train(
+            module,
+            tmp_path,
+            dropping,
+            *callbacks,
+            resume=resume,
+            enable_checkpointing=True,
+            val_check_interval=1,
+            **options,
+        )
+        return module.state_dict(), trainer.optimizers[0].state_dict(), dict(trainer.callback_metrics)
+
+    whole = run(None, save_every_step(tmp_path / "whole"))
+    for stop in (1, 2) if options else (1, 5, 6, 7):  # in an epoch, at its end, where the tuning begins, inside it
+        assert same(whole, run(tmp_path / "whole" / f"step={stop}.ckpt"))
+
+
+def test_without_counted_randomness_a_resumed_run_differs(tmp_path: Path) -> None:
+    def run(resume: Path | None = None, *callbacks: Callback) -> dict[str, Tensor]:
+        module = viewer("timm", seed=1 if resume else 0, dropout=0.0)
+        torch.manual_seed(7)
+        trainer = quiet_trainer(
+            tmp_path, max_steps=4, callbacks=[PatchDropping(), *callbacks], enable_checkpointing=bool(callbacks)
+        )
+        trainer.fit(module, pictures(), ckpt_path=resume)
+        return module.state_dict()
+
+    whole = run(None, save_every_step(tmp_path / "whole"))
+    assert same(whole, run())
+    assert not same(whole, run(tmp_path / "whole" / "step=2.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.25}, r"fraction=0.25.* differs from the checkpoint's fraction=0.5"),
+        ({"tune": 0.5}, r"tune=0.5.* differs from the checkpoint's tune=0.05"),
+    ],
+)
+def test_settings_must_not_change_at_resume(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trainer = train(viewer("timm"), tmp_path, PatchDropping(), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    marks = torch.load(tmp_path / "last.ckpt", weights_only=True)["lit_scale_techniques"]
+    assert marks == {"PatchDropping": {"fraction": 0.5, "tune": 0.05, "embedding": None, "prefix": None}}
+    with pytest.raises(ValueError, match=message):
+        train(viewer("timm"), tmp_path, PatchDropping(**options), resume=tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="trained with PatchDropping, which is missing"):
+        train(viewer("timm"), tmp_path, None, CostMeter(repeats=0), resume=tmp_path / "last.ckpt")
+
+
+# ---- the clock
+
+
+@pytest.mark.parametrize("name", ["timm", "hf_vit"])
+def test_the_clock_knows_two_kinds_of_step(name: str, tmp_path: Path) -> None:
+    module = viewer(name, dropout=0.0)
+    train(module, tmp_path, PatchDropping(tune=0.25), CostMeter(repeats=1), size=32, limit_val_batches=0)
+    record = json.loads((tmp_path / "result.json").read_text())
+    shapes = {shape["dropped"]: shape for shape in record["shapes"]}
+    assert {dropped: (shape["count"], shape["plain"]) for dropped, shape in shapes.items()} == {
+        0.5: (6, False),
+        0.0: (2, True),
+    }
+    assert [stage["dropped"] for stage in record["stages"]] == [0.5, 0.0]
+    assert all(shape["seconds_each"] > 0 for shape in shapes.values())
+
+    meter = CostMeter(repeats=0, filename="plain.json")
+    train(viewer(name, dropout=0.0), tmp_path, None, meter, size=32, max_steps=1, limit_val_batches=0)
+    (plain,) = json.loads((tmp_path / "plain.json").read_text())["shapes"]
+    assert shapes[0.0]["flops_each"] == plain["flops_each"]
+    # A token that is gone saves in each block the linear maps, 2 (4 + 2 r) C^2 with a hidden layer of r C channels,
+    # once forward and twice backward; and attention, 4 T^2 C for T tokens, once forward and 2.5 times backward.
+    ratio, tokens, kept = (4 if name == "timm" else 2), module.prefix + PATCHES, module.prefix + PATCHES // 2
+    linear = 3 * (tokens - kept) * 2 * (4 + 2 * ratio) * WIDTH**2
+    attention = 3.5 * (tokens**2 - kept**2) * 4 * WIDTH
+    assert shapes[0.0]["flops_each"] - shapes[0.5]["flops_each"] == 4 * DEPTH * (linear + attention)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "fraction=0.0 must lie between 0 and 1"),
+        ({"fraction": 1.0}, "fraction=1.0 must lie between 0 and 1"),
+        ({"fraction": math.nan}, "fraction=nan"),
+        ({"tune": 1.0}, "tune=1.0 is not a fraction of the run"),
+        ({"tune": -0.1}, "tune=-0.1 is not a fraction of the run"),
+        ({"prefix": 1}, "prefix=1: give it along with embedding"),
+        ({"prefix": -1, "embedding": "net"}, "prefix=-1.*not negative"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PatchDropping(**options)
+
+
+class Pair(Viewer):
+    def build(self, depth: int, dropout: float) -> nn.Module:
+        return nn.ModuleList([viewer("timm").net, viewer("timm").net])
+
+
+class Dropping(Viewer):
+    def build(self, depth: int, dropout: float) -> nn.Module:
+        import timm
+
+        return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_drop_rate=0.25)
+
+
+class Swin(Viewer):
+    def build(self, depth: int, dropout: float) -> nn.Module:
+        from transformers import SwinConfig, SwinModel
+
+        sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+        return SwinModel(SwinConfig(image_size=16, patch_size=2, window_size=2, **sizes))
+
+
+class Rotary(Viewer):
+    def build(self, depth: int, dropout: float) -> nn.Module:
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        return DINOv3ViTModel(DINOv3ViTConfig(image_size=8, patch_size=2, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: build("hf_bert"), {}, "found no Vision Transformer in HFBert; name the module.*embedding="),
+        (lambda: build("plain_torch"), {}, "found no Vision Transformer in PlainTorch"),
+        (Pair, {}, "found 2 Vision Transformers in Pair; name"),
+        (Dropping, {}, "VisionTransformer drops patches already; build it with patch_drop_rate=0"),
+        (Swin, {}, "has positions inside of its blocks .*relative_position"),
+        (Rotary, {}, "has positions inside of its blocks .*rope"),
+        (lambda: viewer("timm"), {"embedding": "net.stem"}, "embedding='net.stem': Timm has no such part"),
+    ],
+)
+def test_a_network_whose_patches_cannot_be_dropped_is_refused_at_setup(
+    make: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    dropping = PatchDropping(**options)
+    with pytest.raises(ValueError, match=message):
+        dropping.setup(quiet_trainer(tmp_path, callbacks=[dropping]), make(), "fit")
+
+
+def test_a_module_that_returns_no_tokens_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expects tokens \(B, T, C\) from Linear, but it returns a Tensor"):
+        train(viewer("timm"), tmp_path, PatchDropping(embedding="net.head"))
+
+
+def test_the_tokens_of_a_text_can_be_dropped_too_where_they_are_named(tmp_path: Path) -> None:
+    module = build("torch_encoder", dropout=0.0)
+    seen = []
+    module.net[1].layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[PatchDropping(tune=0.5, embedding="net.0")])
+    trainer.fit(module, loader("torch_encoder"))
+    assert seen == [4, 8]
