@@ -5,5 +5,13 @@ from lit_scale.callbacks.patch_dropping import PatchDropping
 from lit_scale.callbacks.progressive_stacking import ProgressiveStacking
 from lit_scale.callbacks.resolution_growing import ResolutionGrowing
 from lit_scale.callbacks.sequence_length_warmup import SequenceLengthWarmup
+from lit_scale.callbacks.token_dropping import TokenDropping
 
-__all__ = ["MaskedTokenSkip", "PatchDropping", "ProgressiveStacking", "ResolutionGrowing", "SequenceLengthWarmup"]
+__all__ = [
+    "MaskedTokenSkip",
+    "PatchDropping",
+    "ProgressiveStacking",
+    "ResolutionGrowing",
+    "SequenceLengthWarmup",
+    "TokenDropping",
+]

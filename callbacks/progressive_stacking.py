@@ -14,18 +14,16 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
 from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.cost import charge
 from lit_scale.optimizers import MomentRule, transfer_state
 from lit_scale.schedules import check_starts, rewarmup, stage_at
-from lit_scale.technique import Technique, progress
+from lit_scale.technique import Technique, averages, progress
 
 __all__ = ["ProgressiveStacking", "blocks_at_depth", "growth_map"]
 
@@ -268,10 +266,7 @@ class ProgressiveStacking(Technique):
 
     def _averages(self, trainer: Trainer) -> list[BlockStack]:
         """The same blocks inside the averages of weights that Lightning's callbacks keep."""
-        averaging = WeightAveraging | StochasticWeightAveraging
-        models = [c._average_model for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
-        found = [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
-        return [find_blocks(model, self._stack.path) for model in found]
+        return [find_blocks(model, self._stack.path) for model in averages(trainer)]
 
     def _share_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Under DDP, wrap anew with exactly the parameters that now train; otherwise ranks wait or drift apart."""

@@ -6,11 +6,13 @@ import re
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["Factor", "Technique", "check_techniques", "progress", "progress_after", "snake_case"]
+__all__ = ["Factor", "Technique", "averages", "check_techniques", "progress", "progress_after", "snake_case"]
 
 Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
 
@@ -75,6 +77,13 @@ def _fraction(trainer: Trainer, step: int) -> float:
             fraction = spent / max(spent + left, 1e-9)
             done.append(trainer.strategy.broadcast(fraction) if trainer.world_size > 1 else fraction)
     return min(1.0, max(done))
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """The averages of the module's weights that Lightning's callbacks keep, each a module like it."""
+    averaging = WeightAveraging | StochasticWeightAveraging
+    models = [c._average_model for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
+    return [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
 
 
 class Technique(Callback):

@@ -108,15 +108,18 @@ class BertMLM(Scheduled):
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, C)
         return F.linear(self.head(x), self.embedding.tokens.weight, self.head_bias)
 
-    def per_sample_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy over the masked positions of each sample, in nats: (B,)."""
+    def per_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy at each masked position, in nats: (B, M)."""
         if missing := {"input_ids", "positions", "labels"} - set(batch):
             names = ", ".join(sorted(missing))
             raise ValueError(f"the batch has no {names}; with TextDataModule set mask_rate > 0")
         labels = batch["labels"]
         logits = self(batch["input_ids"], batch["positions"])
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        return losses.view_as(labels).mean(1)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+    def per_sample_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over the masked positions of each sample, in nats: (B,)."""
+        return self.per_token_loss(batch).mean(1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean of the per-sample losses."""

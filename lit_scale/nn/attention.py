@@ -40,11 +40,14 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], -1), persistent=False)  # (T, H, D)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys ``x`` (B, T, H, D)."""
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rotate queries or keys ``x`` (B, T, H, D), which stand at ``positions`` (B, T), else at 0 to T - 1."""
         length = x.shape[1]
         check_length(length, self.cos.shape[0])
-        cos, sin = self.cos[:length].to(x.dtype), self.sin[:length].to(x.dtype)
+        cos, sin = self.cos[:length], self.sin[:length]
+        if positions is not None:
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, H, D)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))  # in place: both products are new
 
 
@@ -86,13 +89,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend over ``x`` (B, T, C); ``mask`` is boolean, broadcastable to (B, H, T, T), true where seen."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Attend over ``x`` (B, T, C); ``mask`` is boolean, broadcastable to (B, H, T, T), true where seen.
+
+        ``positions`` (B, T), ascending, are those of the tokens in their sequence, where they are not all of it.
+        """
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.unbind(2)  # each (B, T, H, D); unbound here, their gradients need one copy, not two
         if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
         if self.causal and mask is not None:  # the kernel takes one or the other
             mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         x = F.scaled_dot_product_attention(

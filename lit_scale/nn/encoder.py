@@ -89,9 +89,9 @@ class EncoderBlock(nn.Module):
         self.attention_residual = residual(width, dropout)
         self.feedforward_residual = residual(width, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map ``x`` (B, T, C) to the same shape; ``mask`` as in :class:`~lit_scale.nn.attention.Attention`."""
-        x = self.attention_residual(x, partial(self.attention, mask=mask))
+    def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Map ``x`` (B, T, C) to the same shape; the rest as in :class:`~lit_scale.nn.attention.Attention`."""
+        x = self.attention_residual(x, partial(self.attention, mask=mask, positions=positions))
         return self.feedforward_residual(x, self.feedforward)
 
 
