@@ -74,6 +74,12 @@ def stages(*growths: tuple[float, float]) -> list[str]:
     return [f"--progressive_stacking.stages={json.dumps([[0.0, 0.25], *map(list, growths)])}"]
 
 
+# WebDataset shards of CIFAR-10; where there is a network, recipes/write_shards.py writes them.
+CIFAR10 = [
+    "--data.source=data/cifar10/train-{00000..00009}.tar",
+    "--data.val_source=data/cifar10/test-{00000..00001}.tar",
+]
+
 PRESETS: dict[str, dict[str, Preset]] = {
     "bert_progressive_stack": {
         "cpu": Preset(
@@ -115,6 +121,30 @@ PRESETS: dict[str, dict[str, Preset]] = {
             baseline_steps=[1_000, 2_000, 4_000, 8_000],
             technique_steps=[4_000, 2_000],
             relative_cost=0.6,
+        ),
+    },
+    "vit_resolution_growing": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
+            lrs=[7e-4, 1.2e-3, 2e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.55,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+        ),
+    },
+    "gpt_length_warmup": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+            lrs=[1e-3, 2e-3, 4e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.75,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
         ),
     },
 }
@@ -408,7 +438,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             "seed": run.seed,
             "loss": record["metrics"][preset.metric],
             "metrics": record["metrics"],
-            "unigram_entropy": record.get("unigram_entropy"),
+            **{name: record.get(name) for name in tables.REFERENCES},
             **costs(record, plain),
             "shapes": record["shapes"],
             "charges": record["charges"],
@@ -418,7 +448,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     ]
     headline, by_length = analyse(points, preset.technique_steps[0], preset.technique_steps)
     first = next(iter(records.values()))
-    entropies = [p["unigram_entropy"] for p in points if p["unigram_entropy"] is not None]
+    references = {name: [p[name] for p in points if p[name] is not None] for name in tables.REFERENCES}
     result = {
         "recipe": args.recipe,
         "technique": next(r["technique"] for r in records.values()),
@@ -430,7 +460,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "saving": {clock: headline[clock] for clock in CLOCKS},
         "headline_steps": headline["steps"],
         "loss": headline["loss"],
-        "unigram_entropy": statistics.mean(entropies) if entropies else None,
+        **{name: statistics.mean(values) if values else None for name, values in references.items()},
         "by_length": by_length,
         "tuning": tried,
         "plain_seconds": plain,
@@ -460,19 +490,19 @@ def command(script: str, args: list[str]) -> str:
 
 def report(result: dict[str, Any], console: Console) -> None:
     """The sweep as a table: every point, then the savings."""
-    entropy = result["unigram_entropy"]
+    import tables
+
     table = Table(title=f"{result['recipe']}, preset {result['preset']}: means over {len(result['seeds'])} seeds")
-    for name in ("run", "steps", "lr", "loss", "unigram", "reference s", "TFLOPs", "wall s"):
+    for name in ("run", "steps", "lr", "quality", "reference s", "TFLOPs", "wall s"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for key in sorted({(not p["baseline"], p["steps"], p["lr"]) for p in result["points"]}):
         own = [p for p in result["points"] if (not p["baseline"], p["steps"], p["lr"]) == key]
-        mean = {name: statistics.mean(p[name] for p in own) for name in ("loss", *CLOCKS)}
+        mean = {name: statistics.mean(p[name] for p in own) for name in CLOCKS}
         table.add_row(
             "baseline" if own[0]["baseline"] else result["technique"],
             f"{own[0]['steps']:,}",
             f"{own[0]['lr']:g}",
-            f"{mean['loss']:.3f}",
-            "-" if entropy is None else f"{entropy:.3f}",
+            tables.quality(own),
             f"{mean['reference_seconds']:.0f}",
             f"{mean['flops'] / 1e12:.1f}",
             f"{mean['wall_seconds']:.0f}",

@@ -12,6 +12,21 @@ from frontier import best_runs
 ROOT = Path(__file__).resolve().parents[1]
 
 
+REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning from context or image
+
+
+def quality(runs: list[dict[str, Any]]) -> str:
+    """Mean loss of some runs, and what it means: the unigram entropy beside it, or accuracy and chance."""
+    mean = {name: [run[name] for run in runs if run.get(name) is not None] for name in ("loss", *REFERENCES)}
+    text = f"{statistics.mean(mean['loss']):.3f}"
+    if mean["unigram_entropy"]:
+        text += f" (unigram {statistics.mean(mean['unigram_entropy']):.3f})"
+    if mean["chance_accuracy"]:
+        accuracy = statistics.mean(run["metrics"]["val/accuracy"] for run in runs)
+        text += f", accuracy {accuracy:.1%} (chance {statistics.mean(mean['chance_accuracy']):.1%})"
+    return text
+
+
 def stored(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Results in a folder: savings are told by their ``saving``, other benchmarks by their file's stem."""
     results = []
@@ -34,11 +49,10 @@ def percent(one: dict[str, Any]) -> str:
 def savings_table(results: list[dict[str, Any]]) -> str:
     """A row per technique and preset: savings at equal loss on each clock."""
     lines = [
-        "| technique | recipe | saved reference time | saved FLOPs | saved wall time | loss (unigram) | measured on |",
+        "| technique | recipe | saved reference time | saved FLOPs | saved wall time | loss (context-free) | measured on |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        entropy = "" if r["unigram_entropy"] is None else f" ({r['unigram_entropy']:.2f})"
         hardware = r["hardware"]
         cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread a run"
         machine = hardware["gpus"][0] if r["preset"] == "gpu" else cpu
@@ -47,7 +61,7 @@ def savings_table(results: list[dict[str, Any]]) -> str:
             f"[{title}](docs/{r['technique']}.md)",
             f"[`{r['recipe']}`](recipes/{r['recipe']}.py), {r['preset']}",
             *(percent(r["saving"][clock]) for clock in ("reference_seconds", "flops", "wall_seconds")),
-            f"{r['loss']:.3f}{entropy}",
+            quality(best_runs(r["points"], False, r["headline_steps"])),
             f"{machine}, {len(r['seeds'])} seeds, {r['date']}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -57,19 +71,18 @@ def savings_table(results: list[dict[str, Any]]) -> str:
 def points_table(result: dict[str, Any]) -> str:
     """Every point of a sweep, as means over its seeds, and the saving of each length of the technique."""
     lines = [
-        "| run | steps | rate | loss (unigram) | reference s | TFLOPs | wall s | saved reference time at equal loss |",
+        "| run | steps | rate | loss (context-free) | reference s | TFLOPs | wall s | saved reference time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    entropy = "" if result["unigram_entropy"] is None else f" ({result['unigram_entropy']:.3f})"
     savings = {entry["steps"]: percent(entry["reference_seconds"]) for entry in result["by_length"]}
     groups = {(not p["baseline"], p["steps"], p["lr"]) for p in result["points"]}
     for group in sorted(groups):
         own = [p for p in result["points"] if (not p["baseline"], p["steps"], p["lr"]) == group]
-        mean = {n: statistics.mean(p[n] for p in own) for n in ("loss", "reference_seconds", "flops", "wall_seconds")}
+        mean = {n: statistics.mean(p[n] for p in own) for n in ("reference_seconds", "flops", "wall_seconds")}
         baseline, steps = own[0]["baseline"], own[0]["steps"]
         lines.append(
             f"| {'baseline' if baseline else result['technique'].replace('_', ' ')} | {steps:,} | {own[0]['lr']:g} "
-            f"| {mean['loss']:.3f}{entropy} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
+            f"| {quality(own)} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
             f"| {mean['wall_seconds']:.0f} | {'' if baseline else savings[steps]} |"
         )
     for baseline, name in ((True, "baseline"), (False, "technique")):

@@ -236,6 +236,11 @@ class _Images(Dataset[Batch]):
         return len(self.rows)
 
     @property
+    def full_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.size
+
+    @property
     def labels(self) -> npt.NDArray[np.int64]:
         """Of all images, (N,)."""
         return self.source.labels[self.rows]

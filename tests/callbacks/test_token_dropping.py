@@ -1,6 +1,6 @@
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,11 @@ from tests.foreign_models import (
     VOCABULARY,
     HFBert,
     TorchEncoder,
-    adamw,
     all_blocks,
     build,
     loader,
     quiet_trainer,
     save_every_step,
-    tiny_bert,
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
