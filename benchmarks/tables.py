@@ -49,7 +49,7 @@ def percent(one: dict[str, Any]) -> str:
 def savings_table(results: list[dict[str, Any]]) -> str:
     """A row per technique and preset: savings at equal loss on each clock."""
     lines = [
-        "| technique | recipe | saved reference time | saved FLOPs | saved wall time | loss (context-free) | measured on |",
+        "| technique | recipe | saved reference time | saved FLOPs | saved wall time | loss | measured on |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
