@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.nn import functional as F
 
-from lit_scale.callbacks import ProgressiveStacking, ResolutionGrowing
+from lit_scale.callbacks import ResolutionGrowing
 from lit_scale.callbacks.resolution_growing import patch_size, resize
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
@@ -162,7 +162,7 @@ def test_other_stages_are_refused_at_resume(tmp_path: Path) -> None:
         trainer.fit(image_model("by_hand"), full_loader(), ckpt_path=tmp_path / "saved" / "step=3.ckpt")
 
 
-# ---- the clock, compilation, and other techniques
+# ---- the clock and compilation
 
 
 def test_the_clock_prices_each_size(tmp_path: Path) -> None:
@@ -191,16 +191,6 @@ def test_there_is_at_most_one_compile_per_size(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=[ResolutionGrowing(STAGES)], max_steps=STEPS)
     trainer.fit(module, full_loader())
     assert 1 <= len(graphs) <= len(STAGES)
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_it_goes_along_with_progressive_stacking(name: str, tmp_path: Path) -> None:
-    stacking = ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])
-    whole = fit(name, tmp_path, sized_loader(), before=[stacking], callbacks=[save_every_step(tmp_path / "saved")])
-    again = ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])
-    rest = fit(name, tmp_path, sized_loader(), tmp_path / "saved" / "step=3.ckpt", before=[again])
-    assert rest["watch"].sizes == SIZES[3:]
-    assert all(map(torch.equal, whole["tensors"], rest["tensors"]))
 
 
 # ---- what is refused

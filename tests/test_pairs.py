@@ -1,0 +1,102 @@
+"""Every pair of techniques: those on different factors of a step go together, those on one are refused with the reason.
+
+Together means that a run with both, resumed in its middle, ends like the uninterrupted one.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lit_scale.callbacks
+from lit_scale.callbacks import (
+    MaskedTokenSkip,
+    PatchDropping,
+    ProgressiveStacking,
+    ResolutionGrowing,
+    SequenceLengthWarmup,
+    TokenDropping,
+)
+from lit_scale.guards import StepSeed
+from lit_scale.technique import Technique
+from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.image_models import Timm, pictures, tiny_mae
+from tests.sized_models import image_model, sized_loader
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+STEPS = 6
+GROWTH = [(0.0, 0.5), (0.5, 1.0)]
+MAKE: dict[type[Technique], Callable[[], Technique]] = {
+    MaskedTokenSkip: MaskedTokenSkip,
+    PatchDropping: lambda: PatchDropping(0.5),
+    ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
+    ResolutionGrowing: lambda: ResolutionGrowing(GROWTH),
+    SequenceLengthWarmup: lambda: SequenceLengthWarmup(GROWTH),
+    TokenDropping: lambda: TokenDropping("random"),
+}
+
+
+def test_every_technique_is_here() -> None:
+    assert {kind.__name__ for kind in MAKE} == set(lit_scale.callbacks.__all__)
+
+
+def same_factor() -> list[Any]:
+    pairs = itertools.combinations(MAKE, 2)
+    return [pytest.param(a, b, id=f"{a.__name__}-{b.__name__}") for a, b in pairs if a.factor == b.factor]
+
+
+@pytest.mark.parametrize(("one", "other"), same_factor())
+def test_two_on_one_factor_are_refused(one: type[Technique], other: type[Technique], tmp_path: Path) -> None:
+    for first, second in ((one, other), (other, one)):
+        techniques = [MAKE[first](), MAKE[second]()]
+        trainer = quiet_trainer(tmp_path, callbacks=techniques)
+        with pytest.raises(ValueError, match=f"both change the {one.factor} of a step; use one of them"):
+            Technique.setup(techniques[0], trainer, build("plain_torch"), "fit")
+
+
+# ---- different factors
+
+
+def viewer(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return Timm()
+
+
+#: A module, its data, and what ProgressiveStacking has to be told, for each technique that it goes along with.
+WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], Any], dict[str, Any]]] = {
+    MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
+    PatchDropping: (viewer, pictures, {}),
+    ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
+    SequenceLengthWarmup: (lambda seed: build("hf_gpt2", seed=seed), lambda: loader("hf_gpt2"), {}),
+    TokenDropping: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
+}
+
+
+def test_every_technique_on_another_factor_is_here() -> None:
+    others = {kind for kind in MAKE if kind.factor != ProgressiveStacking.factor}
+    assert set(WITH_STACKING) == others
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("kind", WITH_STACKING, ids=lambda kind: kind.__name__)
+def test_it_goes_along_with_progressive_stacking(kind: type[Technique], order: int, tmp_path: Path) -> None:
+    make, data, options = WITH_STACKING[kind]
+
+    def fit(seed: int, resume: Path | None = None) -> list[torch.Tensor]:
+        module = make(seed)
+        techniques = [MAKE[kind](), ProgressiveStacking(GROWTH, **options)][::order]
+        saver = [] if resume else [save_every_step(tmp_path / "saved")]
+        callbacks = [StepSeed(), *techniques, *saver]
+        trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=callbacks, enable_checkpointing=not resume)
+        trainer.fit(module, data(), ckpt_path=resume)
+        assert trainer.global_step == STEPS
+        states = trainer.optimizers[0].state_dict()["state"].values()
+        return [*module.state_dict().values(), *(torch.as_tensor(value) for s in states for value in s.values())]
+
+    whole = fit(0)
+    for stop in (2, 4):  # before and after the growth
+        assert all(map(torch.equal, whole, fit(1, tmp_path / "saved" / f"step={stop}.ckpt"))), stop
