@@ -147,6 +147,28 @@ PRESETS: dict[str, dict[str, Preset]] = {
             threads=1,
         ),
     },
+    "bert_token_skip": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+            lrs=[4.5e-4, 6.7e-4, 1e-3],
+            tune_steps=[600, 1_200],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.85,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+            choices={
+                "easy, half of 3 of 8 blocks": (700, []),
+                "easy, a quarter of 3 of 8 blocks": (789, ["--token_dropping.keep=0.25"]),
+                "easy, half of 5 of 8 blocks": (835, ["--token_dropping.before=2"]),
+                "easy, all tokens in the last fifth": (675, ["--token_dropping.until=0.8"]),
+                "masks join for the last quarter": (644, ["--token_dropping.drop=masked"]),
+                "random from a sixteenth": (810, ["--token_dropping.drop=random"]),
+                "random from a quarter": (747, ["--token_dropping.drop=random", "--token_dropping.keep=0.25"]),
+                "random from a half": (676, ["--token_dropping.drop=random", "--token_dropping.keep=0.5"]),
+            },
+        ),
+    },
 }
 
 

@@ -73,9 +73,9 @@ def random_scores(seed: Tensor, size: int, length: int) -> Tensor:
         (B, T), int64, no two equal in a row.
 
     Example:
-        >>> random_scores(torch.tensor(7), 2, 100).argsort()[:, :4]
-        tensor([[89, 58,  9, 37],
-                [22, 13, 88, 38]])
+        >>> highest(random_scores(torch.tensor(7), 2, 100), 4)
+        tensor([[15, 32, 59, 60],
+                [ 1, 64, 65, 89]])
     """
     row = _mix(_mix(seed + 1) + torch.arange(size, device=seed.device)[:, None])  # (B, 1)
     place = torch.arange(length, device=seed.device)
