@@ -151,7 +151,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
             lrs=[4.5e-4, 6.7e-4, 1e-3],
-            tune_steps=[600, 1_200],
+            tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[900, 600],
             relative_cost=0.85,
