@@ -222,20 +222,8 @@ class TokenDropping(Technique):
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
-        names = (
-            "drop",
-            "keep",
-            "before",
-            "after",
-            "until",
-            "stages",
-            "beta",
-            "special_ids",
-            "prefix",
-            "seed",
-            "blocks",
-        )
-        return {name: getattr(self, name) for name in names}
+        names = "drop keep before after until stages beta special_ids prefix seed blocks"
+        return {name: getattr(self, name) for name in names.split()}
 
     def _range(self, total: int) -> tuple[int, int]:
         """First block of the span, and the one behind its last, in a network of so many."""

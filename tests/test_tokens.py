@@ -367,7 +367,7 @@ class Choice:
 @pytest.mark.parametrize(
     ("what", "graphs"),
     [
-        ("network", [1, 2, 3]),
+        ("network", [1, 2]),
         # outside of the span, its first and its last block, each with and without a gradient of its input; from the
         # second number of tokens on torch compiles for any number
         pytest.param("blocks", [4, 6, 6], marks=pytest.mark.slow),
@@ -392,7 +392,7 @@ def test_a_compiled_network_recompiles_at_most_once_for_each_number_of_kept_toke
         if compiled and what == "blocks":
             for block in network.blocks:
                 block.compile(backend="eager", fullgraph=True)
-        for count in (2, 3, 4):
+        for count in (2, 3, 4)[: len(graphs)]:
             choice.count = count
             for seed in range(3):
                 choice.seed = torch.tensor(seed)
@@ -401,8 +401,9 @@ def test_a_compiled_network_recompiles_at_most_once_for_each_number_of_kept_toke
         found[compiled] = [p.grad for p in network.parameters()]
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other)
-    assert compiles[:3] == [0, 0, 0]
-    assert all(made <= most for made, most in zip(compiles[3:], graphs, strict=True)), compiles
+    eager, compiled_ones = compiles[: len(graphs)], compiles[len(graphs) :]
+    assert eager == [0] * len(graphs)
+    assert all(0 < made <= most for made, most in zip(compiled_ones, graphs, strict=True)), compiles
 
 
 # ---- bad input
