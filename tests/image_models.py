@@ -59,7 +59,8 @@ class Viewer(Foreign):
     def blocks(self) -> str:  # type: ignore[override]
         """Path of the list of blocks, which libraries call differently from version to version."""
         lists = [(path, part) for path, part in self.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-        return next(path for path, part in lists if len(part) == DEPTH and len({type(block) for block in part}) == 1)
+        kinds = {path: [type(block) for block in part._modules.values()] for path, part in lists}  # hidden ones too
+        return next(path for path, kind in kinds.items() if len(kind) == DEPTH and len(set(kind)) == 1)
 
     def per_sample_loss(self, batch: Any) -> Tensor:
         images, labels = batch

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_scale.callbacks import MaskedTokenSkip, PatchDropping
+from lit_scale.callbacks import MaskedTokenSkip, PatchDropping, ProgressiveStacking
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import MaskedAutoencoder
@@ -111,6 +111,20 @@ def test_the_clock_counts_what_the_formula_says(tmp_path: Path) -> None:
     blocks = 2 * 4 * (3 * (tokens - kept) * 24 * WIDTH**2 + 3.5 * (tokens**2 - kept**2) * 4 * WIDTH)
     projection = 3 * 2 * WIDTH * inner * (4 * (tokens - kept) - 1)
     assert each[False] - each[True] == blocks + projection
+
+
+def test_the_encoder_can_grow_meanwhile(tmp_path: Path) -> None:
+    module, lengths = tiny_mae(depth=4), Lengths()
+    stacking = ProgressiveStacking([(0.0, 1), (0.25, 2), (0.5, 4)], blocks="encoder.blocks")
+    meter = CostMeter(repeats=0)
+    train(module, tmp_path, MaskedTokenSkip(), stacking, meter, lengths, limit_val_batches=0)
+    shapes = json.loads((tmp_path / "result.json").read_text())["shapes"]
+    assert {(shape["blocks"], shape["encode_masked"], shape["count"]) for shape in shapes} == {
+        (1, False, 2),
+        (2, False, 2),
+        (4, False, 4),
+    }
+    assert lengths.seen["encoder.blocks.0", True] == {1 + SEEN}
 
 
 # ---- exact resume

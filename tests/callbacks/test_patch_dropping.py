@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from lit_scale.callbacks import PatchDropping
+from lit_scale.callbacks import PatchDropping, ProgressiveStacking
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from tests.foreign_models import DEPTH, WIDTH, all_blocks, build, loader, quiet_trainer, save_every_step
@@ -174,6 +176,78 @@ def test_a_forward_that_somebody_put_on_the_embedding_survives(tmp_path: Path) -
     train(module, tmp_path, PatchDropping(), limit_val_batches=0)
     assert module.net.embeddings.forward is counted
     assert len(calls) == STEPS
+
+
+class Named(Viewer):
+    """A network of another library by its name, with as few blocks as it can have."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(depth=2)
+
+    def build(self, depth: int, dropout: float) -> nn.Module:
+        import transformers
+
+        if self.name == "torchvision":
+            from torchvision.models import VisionTransformer
+
+            return VisionTransformer(8, 2, depth, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=4)
+        kind, config = getattr(transformers, f"{self.name}Model"), getattr(transformers, f"{self.name}Config")
+        sizes = {"hidden_size": 16, "num_hidden_layers": depth, "num_attention_heads": 2, "intermediate_size": 32}
+        return kind(config(image_size=8, patch_size=2, **sizes))
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        found = self.net(batch["image"])
+        return found if self.name == "torchvision" else found.last_hidden_state.mean(1)[:, :4]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "options"),
+    [
+        ("DeiT", 2, {}),
+        ("Dinov2", 1, {}),
+        ("Dinov2WithRegisters", 5, {}),
+        ("SiglipVision", 0, {}),
+        ("torchvision", 1, {"embedding": "net.encoder.dropout", "prefix": 1}),
+    ],
+)
+def test_other_libraries_networks(name: str, prefix: int, options: dict[str, Any], tmp_path: Path) -> None:
+    module = Named(name)
+    lengths: list[tuple[bool, int]] = []
+    blocks = [part for part in module.modules() if hasattr(part, "self_attention") or hasattr(part, "mlp")]
+    blocks[0].register_forward_pre_hook(
+        lambda block, args, kwargs: lengths.append((block.training, (args or tuple(kwargs.values()))[0].shape[1])),
+        with_kwargs=True,
+    )
+    train(module, tmp_path, PatchDropping(tune=0.5, **options), max_steps=2, val_check_interval=2)
+    assert lengths == [(True, prefix + PATCHES // 2), (True, prefix + PATCHES), (False, prefix + PATCHES)]
+
+
+@pytest.mark.parametrize("name", ["timm", "timm_rotary", "hf_vit"])
+def test_with_progressive_stacking_and_averages_of_weights(name: str, tmp_path: Path) -> None:
+    module, tokens = viewer(name), Tokens()
+    stacking = ProgressiveStacking([(0.0, 2), (0.5, 4)], blocks=module.blocks)
+    average = EMAWeightAveraging(decay=0.5)
+    train(module, tmp_path, PatchDropping(tune=0.25), stacking, average, tokens, limit_val_batches=0)
+    lengths = [seen.shape[1] - module.prefix for _, seen in tokens.train]
+    assert lengths == [PATCHES // 2] * 6 + [PATCHES] * 2
+    assert len(module.get_submodule(module.blocks)) == 4
+
+
+def test_a_compiled_network_drops_as_an_eager_one_does(tmp_path: Path) -> None:
+    weights, graphs = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        module = viewer("timm", dropout=0.0, depth=1)
+        if compiled:
+            module.net.compile(backend="eager")
+        train(module, tmp_path, PatchDropping(tune=0.5), limit_val_batches=0, max_steps=4)
+        weights.append(module.state_dict())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert same(*weights)
+    assert graphs[0] == 0
+    assert graphs[1] >= 2  # one that drops, one that does not
 
 
 # ---- exact resume

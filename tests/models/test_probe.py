@@ -62,13 +62,13 @@ def test_the_linear_probe_is_scikit_learns_on_the_models_features() -> None:
 
 
 def test_fine_tuning_by_hand() -> None:
-    """A classifier of timm's with the encoder's weights, trained step by step, gives the same accuracy and no other."""
+    """A classifier of timm's with the encoder's weights, trained step by step, gives the same accuracy."""
     import timm
     from timm.optim import create_optimizer_v2
 
     model, data, steps = tiny_mae(), Data(), 12
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    accuracies = [fine_tune(model, data, steps=steps, lr=lr, layer_decay=0.5) for lr in (3e-3, 1e-5)]
+    accuracy = fine_tune(model, data, steps=steps, lr=3e-3, layer_decay=0.5)
     sizes = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 16, "num_heads": 2}
     network = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, global_pool="avg", fc_norm=False, **sizes)
     network.load_state_dict(model.encoder.state_dict(), strict=False)
@@ -90,8 +90,10 @@ def test_fine_tuning_by_hand() -> None:
         optimizer.step()
     with torch.no_grad():
         right = [network.eval()(images).argmax(1) == labels for images, labels in data.val_dataloader()]
-    assert accuracies[0] == pytest.approx(torch.cat(right).double().mean().item())
-    assert accuracies[0] > accuracies[1]
+    assert accuracy == pytest.approx(torch.cat(right).double().mean().item())
+    assert (
+        accuracy > 1.5 * torch.cat([y for _, y in data.val_dataloader()]).bincount().max() / 32
+    )  # of one guess for all
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # the copy was trained
     assert not model.encoder.pos_embed.requires_grad
 
