@@ -95,16 +95,12 @@ class PatchDropping(Technique):
             self._decided_at = trainer.global_step
             self._drop(self.fraction if progress(trainer) < 1.0 - self.tune else 0.0)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a plain network behind."""
-        self._detach()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a plain network behind."""
         self._detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave a plain network behind."""
+        """Leave a plain network behind; not at the end of training, when the clock replays steps."""
         self._detach()
 
     # -- the technique ------------------------------------------------------------------------------------------------

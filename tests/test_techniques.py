@@ -1,6 +1,7 @@
-"""Every pair of techniques: those on different factors of a step go together, those on one are refused with the reason.
+"""What holds for every technique: whom it goes along with, and that the clock's prices are those of its own steps.
 
-Together means that a run with both, resumed in its middle, ends like the uninterrupted one.
+Techniques on different factors of a step go together: a run with both, resumed in its middle, ends like the
+uninterrupted one. Those on one factor are refused, with the reason.
 """
 
 import itertools
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lit_scale.callbacks
+import lit_scale.cost
 from lit_scale.callbacks import (
     MaskedTokenSkip,
     PatchDropping,
@@ -20,6 +23,7 @@ from lit_scale.callbacks import (
     SequenceLengthWarmup,
     TokenDropping,
 )
+from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.technique import Technique
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
@@ -32,7 +36,7 @@ STEPS = 6
 GROWTH = [(0.0, 0.5), (0.5, 1.0)]
 MAKE: dict[type[Technique], Callable[[], Technique]] = {
     MaskedTokenSkip: MaskedTokenSkip,
-    PatchDropping: lambda: PatchDropping(0.5),
+    PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
     ResolutionGrowing: lambda: ResolutionGrowing(GROWTH),
     SequenceLengthWarmup: lambda: SequenceLengthWarmup(GROWTH),
@@ -100,3 +104,36 @@ def test_it_goes_along_with_progressive_stacking(kind: type[Technique], order: i
     whole = fit(0)
     for stop in (2, 4):  # before and after the growth
         assert all(map(torch.equal, whole, fit(1, tmp_path / "saved" / f"step={stop}.ckpt"))), stop
+
+
+# ---- the clock
+
+
+@pytest.mark.parametrize("kind", MAKE, ids=lambda kind: kind.__name__)
+def test_the_clock_times_the_steps_that_were_made(
+    kind: type[Technique], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is replayed to be timed multiplies what the step of that shape multiplied in training."""
+    make, data, _ = WITH_STACKING.get(kind, WITH_STACKING[TokenDropping])
+    technique, meter, replay = MAKE[kind](), CostMeter(repeats=1), lit_scale.cost.replay_step
+    impose, replayed = technique.impose_shape, []
+
+    def noted(trainer: Any, module: Any, shape: dict[str, Any]) -> None:
+        replayed.append([tuple(shape.items()), None])
+        impose(trainer, module, shape)
+
+    def counted(*args: Any) -> None:
+        with FlopCounterMode(display=False) as counter:
+            replay(*args)
+        replayed[-1][1] = counter.get_total_flops()
+
+    monkeypatch.setattr(technique, "impose_shape", noted)
+    monkeypatch.setattr(lit_scale.cost, "replay_step", counted)
+    trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), technique, meter])
+    trainer.fit(make(0), data())
+    *steps, (_, afterwards) = replayed
+    assert afterwards is None  # the state before the replay, imposed again
+    assert {key for key, _ in steps} == meter.ledger.calibrated.keys() == set(meter.ledger.counts)
+    for key, flops in steps:
+        assert flops == meter.ledger.flops[key], dict(key)
+    assert len({flops for _, flops in steps}) >= (1 if kind is MaskedTokenSkip else 2)
