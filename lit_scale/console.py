@@ -38,7 +38,6 @@ _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _KNOWN_WARNINGS = (
     "LightningCLI's args parameter",  # which is how recipes are tested
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's, of torch
-    "You have overridden .on_before_batch_transfer.",  # ViTClassifier looks at the classes there
     "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
     ".*does not have many workers",  # the meter tells what waiting for data costs
 )
