@@ -221,9 +221,6 @@ class _Images(Dataset[Batch]):
         self.skip_broken = skip_broken
         self.processes = 1  # that share the images in an epoch, told by whoever makes the loader
         self.cache_bytes = cache_bytes
-        self._forget()
-
-    def _forget(self) -> None:
         self._kept: dict[int, Tensor] = {}  # uint8
         self._kept_bytes = 0
         self._broken: set[int] = set()  # positions met in this process and epoch

@@ -306,6 +306,9 @@ def test_the_saving_is_told_against_the_plain_step_only():
     assert saving_line(unfinished).startswith("no step was the full model's")
     assert saving_line(WIDE | {"baseline": True}) == ""
     assert "34% below the unigram entropy" in saving_line(WIDE | {"baseline": True, "unigram_entropy": 3.2})
+    classifier = {"baseline": True, "metrics": {"val/accuracy": 0.5}, "chance_accuracy": 0.125}
+    expected = "validation accuracy 50.0%; always the most frequent class would reach 12.5%"
+    assert saving_line(WIDE | classifier) == expected
 
 
 @pytest.mark.parametrize(

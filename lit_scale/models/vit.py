@@ -114,35 +114,36 @@ class ViTClassifier(Scheduled):
         smoothing = self.hparams["label_smoothing"]
         return F.cross_entropy(self(images), labels, reduction="none", label_smoothing=smoothing)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the classes here, where they are in main memory and looking at them does not wait for the device."""
-        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise ValueError(
-                "a batch has to be a pair of images and whole-numbered classes, as ImageDataModule makes it"
-            )
-        classes = self.hparams["num_classes"]
-        if labels.numel() and not (labels.min() >= 0 and labels.max() < classes):
-            raise ValueError(
-                f"the batch has classes from {labels.min()} to {labels.max()}, but num_classes={classes} allows 0 to "
-                f"{classes - 1}"
-            )
-        return batch
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean of the per-sample losses."""
+        self._check(batch, batch_idx)
         loss = self.per_sample_loss(batch).mean()
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Cross-entropy (nats, without label smoothing) and accuracy over the whole validation set."""
+        self._check(batch, batch_idx)
         images, labels = batch
         logits = self(images)
         self.val_loss.update(F.cross_entropy(logits, labels), weight=labels.numel())
         self.val_accuracy.update(logits, labels)
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+    def _check(self, batch: Any, batch_idx: int) -> None:
+        """Refuse what is no pair, or has other classes; on a device only at first, for looking waits for it."""
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            raise ValueError(
+                "a batch has to be a pair of images and whole-numbered classes, as ImageDataModule makes it"
+            )
+        if labels.is_cpu or batch_idx == 0:
+            classes, least, most = self.hparams["num_classes"], int(labels.min()), int(labels.max())
+            if least < 0 or most >= classes:
+                raise ValueError(
+                    f"the batch has classes from {least} to {most}, but num_classes={classes} allows 0 to {classes - 1}"
+                )
 
 
 def _create(architecture: str, num_classes: int, image_size: int, asked: dict[str, Any]) -> nn.Module:

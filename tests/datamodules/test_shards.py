@@ -172,15 +172,18 @@ class Labels(Shards):
 
 
 @pytest.mark.parametrize(
-    ("workers", "context"), [(0, None), (2, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)]
+    ("workers", "contexts"),
+    [(0, (None, None)), (2, ("fork", "fork")), pytest.param(2, ("spawn", "fork"), marks=pytest.mark.slow)],
 )
-def test_one_shard_for_two_ranks_with_two_workers(tmp_path: Path, workers: int, context: str | None) -> None:
+def test_one_shard_for_two_ranks_with_two_workers(
+    tmp_path: Path, workers: int, contexts: tuple[str | None, ...]
+) -> None:
     """Fewer shards than processes: equal counts, nothing twice, everything once but for what drop_last leaves."""
     members = [member for number in range(26) for member in sample(f"{number:02d}", number)]
     path = tar(tmp_path / "only.tar", *members)
     dataset = Labels(str(path), cache_dir=tmp_path / "cache")
     parts = []
-    for rank in range(2):
+    for rank, context in enumerate(contexts):
         loader = ResumableLoader(
             dataset,
             4,
@@ -192,7 +195,7 @@ def test_one_shard_for_two_ranks_with_two_workers(tmp_path: Path, workers: int, 
             multiprocessing_context=context,
             persistent_workers=workers > 0,
         )
-        parts.append([torch.cat(list(loader)) for _ in range(1 if context == "spawn" else 2)])
+        parts.append([torch.cat(list(loader)) for _ in range(2)])
     for one, two in zip(*parts, strict=True):
         assert len(one) == len(two) == 12
         seen = [*one[:, 0].tolist(), *two[:, 0].tolist()]
