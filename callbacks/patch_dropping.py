@@ -36,7 +36,7 @@ class PatchDropping(Technique):
     SigLIP, elsewhere named by ``embedding``. Works under plain DDP: every parameter has a gradient.
 
     Args:
-        fraction: Share of the patches that is dropped (0.5, section 4.1 of the paper).
+        fraction: Share of the patches that is dropped (0.5 and 0.75 in the paper).
         tune: Fraction of the run, at its end, that trains on all patches.
         embedding: Dotted path of the module whose output (B, T, C) is all tokens with their positions; needed only
             where it cannot be found. For torchvision's ViT that is ``"encoder.dropout"``.

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lit_scale.callbacks import PatchDropping, ProgressiveStacking
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
+from lit_scale.models import ViTClassifier
 from tests.foreign_models import DEPTH, WIDTH, all_blocks, build, loader, quiet_trainer, save_every_step
 from tests.image_models import PATCHES, VIEWERS, Viewer, pictures, viewer
 
@@ -221,6 +224,15 @@ def test_other_libraries_networks(name: str, prefix: int, options: dict[str, Any
     )
     train(module, tmp_path, PatchDropping(tune=0.5, **options), max_steps=2, val_check_interval=2)
     assert lengths == [(True, prefix + PATCHES // 2), (True, prefix + PATCHES), (False, prefix + PATCHES)]
+
+
+def test_our_own_classifier_at_two_resolutions(tmp_path: Path) -> None:
+    module, lengths = ViTClassifier(num_classes=4, image_size=8, patch_size=2, depth=2, width=16, num_heads=2), []
+    module.net.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    large = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(2)]
+    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[PatchDropping(tune=0.25)])
+    trainer.fit(module, DataLoader([*large, *itertools.islice(pictures(), 2)], batch_size=None))
+    assert lengths == [1 + 32, 1 + 32, 1 + 8, 1 + 16]
 
 
 @pytest.mark.parametrize("name", ["timm", "timm_rotary", "hf_vit"])
