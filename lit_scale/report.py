@@ -74,7 +74,7 @@ def saving_line(record: dict[str, Any]) -> str:
     lines = []
     plain = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
     if not record["baseline"] and plain is None:
-        lines.append("no step was the full model's, so there is no saving to tell: train for longer, or use --compare")
+        lines.append("no step was the full model's, so there is no saving to tell: use --compare, or a longer run")
     elif not record["baseline"] and plain is not None:
         full = {clock: record["steps"] * plain[clock] / plain["steps"] for clock in ("flops", "reference_seconds")}
         saved = {clock: 1 - record[clock] / max(cost, 1e-12) for clock, cost in full.items()}
