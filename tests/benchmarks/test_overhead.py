@@ -19,7 +19,7 @@ def test_hooks_and_runs_of_every_callback_are_timed(tmp_path, monkeypatch):
         (one,) = runs
         assert one["cpu_seconds"] > 0
         assert (one["median_hook_seconds"] > 0) == (one["mean_hook_seconds"] > 0) == (name != "nothing")
-    assert "CostMeter" in tables.overhead_line([record])
+    assert "CostMeter" in tables.overhead_lines([record])
     assert size["callbacks"]["CostMeter"]["median_seconds"] < 5e-4
 
 
