@@ -1,5 +1,6 @@
 """A data module that keeps its loader's position in the checkpoint, and refuses to go on with other data."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -60,9 +61,9 @@ class ResumableDataModule(LightningDataModule):
         self._position: dict[str, int] | None = None  # of the checkpoint, until there is a loader to continue
         self._train_loader: ResumableLoader | None = None
 
+    @abstractmethod
     def settings(self) -> dict[str, Any] | None:
         """All that training batches depend on, as plain values; None before setup."""
-        raise NotImplementedError
 
     def go_on(self) -> None:
         """Take up the checkpoint that was loaded before there were data to compare it with, if any."""

@@ -7,6 +7,7 @@ The batches of any other loader are made smaller on the device.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,21 +49,21 @@ class SizeByStages(Technique):
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def resolve(self, size: int | float, full: int) -> int:
         """The size of a stage, given that of a full sample.
 
         Raises:
             ValueError: It fits neither the model nor the data.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def size_of(self, batch: Any) -> int:
         """Full size, from a batch of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shrink(self, batch: Any, size: int) -> Any:
         """The batch in this size, on its device."""
-        raise NotImplementedError
 
     def samples(self, size: int, batch_size: int) -> int:
         """How many samples the loader takes for a batch of this size."""
