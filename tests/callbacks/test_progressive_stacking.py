@@ -791,7 +791,7 @@ def test_settings_must_not_change_at_resume(
         ({"stages": [(0.0, math.nan), (0.5, 1.0)]}, "depth nan is neither"),
         ({"stages": [(0.0, True), (0.5, 4)]}, "depth True is neither"),
         ({"stages": [(0.0, "half"), (0.5, 4)]}, "depth 'half' is neither"),
-        ({"stages": [(0.0, 2.0), (0.5, 4.0)]}, "write blocks as an int"),
+        ({"stages": [(0.0, 2.0), (0.5, 4.0)]}, "write a number as an int"),
         ({"growth": "double"}, "growth='double': choose 'stack' or 'interleave'"),
         ({"moments": "keep"}, "moments='keep': choose 'copy', 'copy_step0' or 'reset'"),
         ({"rewarmup": 1.0}, "rewarmup=1.0"),
