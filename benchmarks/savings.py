@@ -139,9 +139,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
             lrs=[1e-3, 2e-3, 4e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
-            technique_steps=[900, 600],
+            tune_steps=[400],
+            baseline_steps=[200, 400, 800],
+            technique_steps=[600, 400],
             relative_cost=0.75,
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
