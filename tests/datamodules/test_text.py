@@ -354,14 +354,14 @@ def test_foreign_index_is_built_again(build: Build, tmp_path: Path, index: str) 
 
 def test_two_processes_at_the_same_time(run_python: RunPython, tiny_corpus: Path, tmp_path: Path) -> None:
     script = """
-        import os, sys, time
+        import os, sys
         from lit_scale.datamodules import TextDataModule
         corpus, cache = sys.argv[1:]
-        start = time.time() + 0.2
+        gate, open_it = os.pipe()
         children = []
         for _ in range(2):
             if not (child := os.fork()):
-                time.sleep(start - time.time())
+                os.read(gate, 1)  # both wait until there is something for each
                 for repeat in range(8):
                     data = TextDataModule(corpus, "bpe", 300 + repeat, cache_dir=cache)
                     data.prepare_data()
@@ -369,6 +369,7 @@ def test_two_processes_at_the_same_time(run_python: RunPython, tiny_corpus: Path
                     assert data.train_set.tokens.max() == 298 + repeat
                 os._exit(0)
             children.append(child)
+        os.write(open_it, b"go")
         sys.exit(any(os.waitpid(child, 0)[1] for child in children))
     """
     assert run_python(script, tiny_corpus, tmp_path / "cache").returncode == 0
