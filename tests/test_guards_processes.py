@@ -204,6 +204,7 @@ def signalled(start: Callable[..., Run], targets: list[int], **options: Any) -> 
     return run
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_the_second_is_signalled(start: Callable[..., Run]) -> None:
     signalled(start, [1])
 

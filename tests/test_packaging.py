@@ -132,6 +132,7 @@ def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) 
     assert contents(again) == contents(wheel)
 
 
+@pytest.mark.slow
 def test_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
     code = "import lit_scale.callbacks, lit_scale.datamodules as d; print(lit_scale.callbacks.__file__, d.__file__)"
     found = _python(code, cwd=tmp_path, path=installed).split()

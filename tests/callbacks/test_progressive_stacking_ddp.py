@@ -108,6 +108,7 @@ def check_phases(folder: Path, phases: list[str], reference: dict[str, Any] | No
     assert whole[0]["losses"] != whole[1]["losses"]  # each rank has its own samples
 
 
+@pytest.mark.slow
 def test_two_processes_grow_agree_and_resume(run_python: RunPython, tmp_path: Path) -> None:
     launch(run_python, "fast", tmp_path)
     check_phases(tmp_path / "fast", ["whole", "from 2"], fit("bert", tmp_path, "reference"))

@@ -352,6 +352,7 @@ def test_foreign_index_is_built_again(build: Build, tmp_path: Path, index: str) 
     assert build().train_set.path == path
 
 
+@pytest.mark.slow
 def test_two_processes_at_the_same_time(run_python: RunPython, tiny_corpus: Path, tmp_path: Path) -> None:
     script = """
         import os, sys
