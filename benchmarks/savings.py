@@ -3,12 +3,14 @@
     python benchmarks/savings.py bert_progressive_stack --preset cpu
 
 Every run is the recipe itself in a process of its own, in mixed order. An interrupted sweep goes on where it stopped;
-runs of other code, flags or versions are made anew.
+runs of other code, flags or versions are made anew. Recipes that train the same without their technique share the
+baseline's runs; wall times are then of different hours, and no saving is told in them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -198,11 +201,36 @@ class Sweep:
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        files = [ROOT / "recipes" / f"{self.recipe}.py"]
-        for part in ("lit_scale", "callbacks", "datamodules"):
-            files += sorted((ROOT / part).rglob("*.py"))
-        digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
-        self.code = [digest, *(f"{name} {version(name)}" for name in ("torch", "lightning", "timm"))]
+        shared = [file for part in ("lit_scale", "datamodules") for file in sorted((ROOT / part).rglob("*.py"))]
+        own = [ROOT / "recipes" / f"{self.recipe}.py", *sorted((ROOT / "callbacks").glob("*.py"))]
+        self.code = {True: digest(shared), False: digest([*shared, *own])}  # by whether it is the baseline's
+
+    @cached_property
+    def plain_config(self) -> str:
+        """What is trained without the technique: recipes that agree in it share their baseline's runs."""
+        import yaml
+
+        path = ROOT / "recipes" / f"{self.recipe}.py"
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        call = next(one for one in calls if isinstance(one.func, ast.Name) and one.func.id == "run_recipe")
+        command = [sys.executable, str(path), *self.preset.flags, "--baseline", "--print_config"]
+        printed = subprocess.run(command, capture_output=True, text=True, env=self.environment, check=True).stdout
+        config = yaml.safe_load(printed)
+        config["trainer"].pop("default_root_dir")
+        kept = {name: config[name] for name in ("trainer", "model", "data")}
+        return json.dumps([*map(ast.unparse, call.args), kept])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        return environment | ({"OMP_NUM_THREADS": str(self.preset.threads)} if self.preset.threads else {})
+
+    def home(self, baseline: bool) -> Path:
+        """Folder of the runs of one side."""
+        if not baseline:
+            return self.folder
+        name = hashlib.blake2b(self.plain_config.encode(), digest_size=5).hexdigest()
+        return self.folder.parent / f"baseline.{name}.{self.preset_name}"
 
     def flags(self, run: Run) -> list[str]:
         return [
@@ -220,11 +248,11 @@ class Sweep:
 
     def make(self, run: Run) -> dict[str, Any]:
         """The run's record, from its folder if the same run has been finished before."""
-        folder = self.folder / run.name
-        wanted = {"flags": self.flags(run), "code": self.code}
+        folder = self.home(run.baseline) / run.name
+        wanted = self.wanted(run)
         result, begun, done = folder / "result.json", folder / "begun.json", folder / "done.json"
         if result.exists() and self.is_done(run):
-            return json.loads(result.read_text()) | {"name": run.name, "learning_rate": run.lr}
+            return json.loads(result.read_text())
         folder.mkdir(parents=True, exist_ok=True)
         last = folder / "checkpoints" / "last.ckpt"
         resumable = last.exists() and begun.exists() and json.loads(begun.read_text()) == wanted
@@ -236,11 +264,8 @@ class Sweep:
             f"--trainer.default_root_dir={folder}",
             *([f"--ckpt_path={last}"] if resumable else []),
         ]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        if self.preset.threads:
-            environment |= {"OMP_NUM_THREADS": str(self.preset.threads)}
         with open(folder / "log.txt", "ab") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+            child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment)
             self.children.append(child)
             code = child.wait()
             self.children.remove(child)
@@ -250,7 +275,7 @@ class Sweep:
         for checkpoint in (folder / "checkpoints").glob("*.ckpt"):
             checkpoint.unlink()
         done.write_text(json.dumps(wanted))
-        return json.loads(result.read_text()) | {"name": run.name, "learning_rate": run.lr}
+        return json.loads(result.read_text())
 
     def make_all(self, runs: Iterable[Run], what: str) -> dict[Run, dict[str, Any]]:
         """All of these runs, several at a time, in mixed order, so that a slow hour falls on both sides."""
@@ -279,20 +304,31 @@ class Sweep:
     def other_rates(self, lengths: dict[bool, list[int]], seeds: list[int]) -> dict[Run, dict[str, Any]]:
         """Runs of an earlier sweep at other rates, where all seeds are there: of each side the best rate counts."""
         found = {}
-        for folder in self.folder.glob("*-lr*-seed*"):
+        for folder in [*self.home(True).glob("*-lr*-seed*"), *self.folder.glob("*-lr*-seed*")]:
             if name := re.fullmatch(r"(baseline|technique)-(\d+)-lr(.+)-seed(\d+)", folder.name):
                 run = Run(name[1] == "baseline", int(name[2]), float(name[3]), int(name[4]))
                 if run.steps in lengths[run.baseline] and run.seed in seeds and self.is_done(run):
                     found[run] = self.make(run)
         return {run: record for run, record in found.items() if all(replace(run, seed=seed) in found for seed in seeds)}
 
+    def wanted(self, run: Run) -> dict[str, Any]:
+        """What decides the outcome of a run."""
+        flags = [flag for flag in self.flags(run) if not run.baseline or flag not in self.preset.flags]
+        plain = {"plain_config": self.plain_config} if run.baseline else {}
+        return plain | {"flags": flags, "code": self.code[run.baseline]}
+
     def is_done(self, run: Run) -> bool:
-        done = self.folder / run.name / "done.json"
-        wanted = {"flags": self.flags(run), "code": self.code}
-        return done.exists() and json.loads(done.read_text()) == wanted
+        done = self.home(run.baseline) / run.name / "done.json"
+        return done.exists() and json.loads(done.read_text()) == self.wanted(run)
 
     def weight(self, run: Run) -> float:
         return run.steps * (1.0 if run.baseline else self.preset.relative_cost) + 20
+
+
+def digest(files: Iterable[Path]) -> list[str]:
+    """Of code: what these files hold, and the versions of what they stand on."""
+    held = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
+    return [held, *(f"{name} {version(name)}" for name in ("torch", "lightning", "timm"))]
 
 
 def tuned_rates(sweep: Sweep, baseline: bool, lengths: list[int]) -> tuple[dict[int, float], list[dict[str, Any]]]:
@@ -326,7 +362,8 @@ def tuned_rates(sweep: Sweep, baseline: bool, lengths: list[int]) -> tuple[dict[
 def tuned_before(sweep: Sweep) -> list[dict[str, Any]]:
     """What earlier tuning of the same sweep has tried."""
     tried = []
-    for done in sweep.folder.glob(f"*-seed{TUNING_SEED}/done.json"):
+    folders = (sweep.home(True), sweep.folder)
+    for done in (path for folder in folders for path in folder.glob(f"*-seed{TUNING_SEED}/done.json")):
         record = json.loads((done.parent / "result.json").read_text())
         loss, lr = record["metrics"][sweep.preset.metric], record["hparams"]["lr"]
         tried.append({"baseline": record["baseline"], "steps": record["steps"], "lr": lr, "loss": loss})
@@ -375,6 +412,8 @@ def analyse(points: list[dict[str, Any]], headline: int, lengths: list[int]) -> 
         for clock in CLOCKS:
             frontier = {p["steps"]: of(True, p["steps"], clock) for p in points if p["baseline"]}
             entry[clock] = asdict(saving(frontier, of(False, steps, clock)))
+            if clock == "wall_seconds" and len({p["recipe"] for p in points if "recipe" in p}) > 1:
+                entry[clock] = asdict(Saving(None, None, None, "the baseline ran at another time, in another sweep"))
         entry["loss"] = statistics.mean(loss for _, loss in of(False, steps, "flops"))
         by_length.append(entry)
     return next(e for e in by_length if e["steps"] == headline), by_length
@@ -455,6 +494,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             "steps": run.steps,
             "lr": run.lr,
             "seed": run.seed,
+            "recipe": record["recipe"],
             "loss": record["metrics"][preset.metric],
             "metrics": record["metrics"],
             **{name: record.get(name) for name in tables.REFERENCES},
@@ -466,11 +506,11 @@ def run_sweep(args: argparse.Namespace) -> None:
         for run, record in sorted(records.items(), key=lambda item: item[0].name)
     ]
     headline, by_length = analyse(points, preset.technique_steps[0], preset.technique_steps)
-    first = next(iter(records.values()))
+    own = next(record for run, record in records.items() if not run.baseline)
     references = {name: [p[name] for p in points if p[name] is not None] for name in tables.REFERENCES}
     result = {
         "recipe": args.recipe,
-        "technique": next(r["technique"] for r in records.values()),
+        "technique": own["technique"],
         "preset": args.preset,
         "date": date.today().isoformat(),
         "command": command("savings", sys.argv[1:]),
@@ -485,10 +525,10 @@ def run_sweep(args: argparse.Namespace) -> None:
         "plain_seconds": plain,
         "points": points,
         "flags": preset.flags,
-        "parameters": first["parameters"],
-        "hparams": first["hparams"],
-        "hardware": first["hardware"],
-        "versions": first["versions"],
+        "parameters": own["parameters"],
+        "hparams": own["hparams"],
+        "hardware": own["hardware"],
+        "versions": own["versions"],
         "jobs": sweep.jobs,
         "sweep_seconds": time.perf_counter() - started,
     }

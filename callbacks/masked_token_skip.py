@@ -60,6 +60,10 @@ class MaskedTokenSkip(Technique):
         """Whether the encoder runs over all patches, as it does without the technique."""
         return bool(self._model.encode_masked)
 
+    def plain_shape(self) -> dict[str, Any]:
+        """Hidden patches are encoded."""
+        return {"encode_masked": True}
+
     def step_shape(self) -> dict[str, Any]:
         """Whether hidden patches are encoded."""
         return {"encode_masked": bool(self._model.encode_masked)}

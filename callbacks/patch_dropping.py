@@ -141,6 +141,10 @@ class PatchDropping(Technique):
         """Nothing is dropped."""
         return self._now == 0.0
 
+    def plain_shape(self) -> dict[str, Any]:
+        """Nothing is dropped."""
+        return {"dropped": 0.0}
+
     def step_shape(self) -> dict[str, Any]:
         """The share of the patches that is dropped."""
         return {"dropped": self._now}

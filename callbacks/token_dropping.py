@@ -414,6 +414,8 @@ class TokenDropping(Technique):
         """Choose the positions of this batch; those at random are drawn by the blocks from a seed of each."""
         self._forget()
         if self.drop == "masked":
+            if not self._given.required:  # the clock prices a step in which nothing is dropped
+                return
             ids, positions = _entry(batch, "input_ids", self.drop), _entry(batch, "positions", self.drop)
             scores = torch.ones_like(ids).scatter_(1, positions, 0)
             self._given.set(highest(scores, ids.shape[1] - positions.shape[1]), ids.shape[1])
@@ -467,14 +469,20 @@ class TokenDropping(Technique):
         """All tokens run through all blocks."""
         return self._share == 1.0 and self.drop != "masked"
 
+    def plain_shape(self) -> dict[str, Any]:
+        """The span keeps all tokens."""
+        return {"kept": 1.0}
+
     def step_shape(self) -> dict[str, Any]:
         """Share of the tokens that the span keeps."""
-        return {"kept": "unmasked" if self.drop == "masked" else self._share}
+        return {"kept": "unmasked" if self._given.required else self._share}
 
     def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
         """Keep the share of an earlier step; which tokens, the step itself decides."""
         self._forget()
-        if self.drop != "masked":
+        if self.drop == "masked":
+            self._given.required = shape["kept"] == "unmasked"
+        else:
             self._share = shape["kept"]
 
 

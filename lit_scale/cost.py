@@ -5,7 +5,8 @@
 Steps are told apart by their *shape*: batch sizes, tokens, and whatever the techniques say decides the cost (active
 blocks, frozen blocks...). FLOPs of a shape are counted once, by torch's FlopCounterMode. Its seconds are measured when
 training has ended, by replaying every shape in turn, several rounds, and taking medians: interleaved, so that a noisy
-second hits all shapes alike and decides nothing (Kaddour et al. 2023 call a fixed price per step Reference System Time,
+second hits all shapes alike and decides nothing; the step without any technique is among them even where the run made
+none, so that prices have a common unit (Kaddour et al. 2023 call a fixed price per step Reference System Time,
 section 3; theirs was a table made by hand).
 """
 
@@ -255,6 +256,8 @@ class CostMeter(Callback):
         techniques = _techniques(trainer)
         frequent = sorted(self.ledger.counts, key=lambda key: -self.ledger.counts[key])
         keys = [k for k in frequent if dict(k)["kind"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
+        if (plain := self._plain_key(keys, techniques)) is not None:
+            keys.append(plain)
         times: dict[Key, list[float]] = {key: [] for key in keys}
         self._replaying = True
         try:
@@ -266,6 +269,9 @@ class CostMeter(Callback):
                             shape = dict(key)
                             for technique in techniques:
                                 technique.impose_shape(trainer, pl_module, shape)
+                            if key not in self.ledger.flops:
+                                batch = self._batches[shape["batch"]]
+                                self.ledger.flops[key] = flops_of(trainer, pl_module, batch, "train")
                             _synchronize()
                             start, self._aside = time.perf_counter(), 0.0
                             replay_step(trainer, pl_module, self._batches[shape["batch"]], shape["update"])
@@ -281,6 +287,19 @@ class CostMeter(Callback):
         finally:
             self._replaying = False
         self.ledger.calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
+
+    def _plain_key(self, keys: list[Key], techniques: list[Technique]) -> Key | None:
+        """The plain form of the most frequent step, if the run made no plain step and its techniques have one."""
+        updates = [key for key in keys if dict(key)["update"]]
+        if not updates or any(dict(key)["plain"] for key in updates):
+            return None
+        shape = dict(updates[0])
+        for technique in techniques:
+            own = technique.step_shape() if technique.is_plain() else technique.plain_shape()
+            if own is None:
+                return None
+            shape |= own
+        return tuple((shape | {"plain": True}).items())
 
     # -- state and record ---------------------------------------------------------------------------------------------
 

@@ -164,6 +164,7 @@ class Ledger:
             cost["reference_seconds"] += point["charged_seconds"]
             curve.append({k: v for k, v in point.items() if k not in ("counts", "charged_seconds")} | cost)
         counts = self._all_ranks(self.counts)
+        priced = dict.fromkeys(self.calibrated, 0) | dict(counts)  # a plain step is priced also where none was made
         return {
             **self.totals(),
             "metrics": self.curve[-1]["metrics"] if self.curve else {},
@@ -178,7 +179,7 @@ class Ledger:
                 dict(key)
                 | {"count": n, "flops_each": self.flops.get(key, 0), "seconds_each": self.seconds_each(key)}
                 | {"price": "replay" if key in self.calibrated else "run"}
-                for key, n in counts.items()
+                for key, n in priced.items()
             ],
             "charges": {what: {"count": n, "seconds": seconds} for what, (n, seconds) in self.charges.items()},
             "validation": self.price(counts, "validate"),

@@ -114,6 +114,10 @@ class Technique(Callback):
         """Whether a training step now is exactly the one that a run without the technique makes, at the same price."""
         return False
 
+    def plain_shape(self) -> dict[str, Any] | None:
+        """The :meth:`step_shape` of a plain step, for the clock to price where a run makes none; None: it cannot."""
+        return None
+
     def step_shape(self) -> dict[str, Any]:
         """What, beside the batch, decides the cost of a training step now; the clock keeps one price for each."""
         return {}

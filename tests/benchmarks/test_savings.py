@@ -134,7 +134,8 @@ def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
     assert all(point["reference_seconds"] > 0 and point["flops"] > 0 for point in stored["points"])
 
     # again with one run missing: only that one is made
-    runs = sorted((tmp_path / "runs" / "bert_progressive_stack.cpu").iterdir())
+    runs = sorted((tmp_path / "runs").glob("*/*-seed*"))
+    assert len(runs) == 2 + 6  # two were made to tune the rates
     times = {run: (run / "result.json").stat().st_mtime_ns for run in runs}
     missing = next(run for run in runs if run.name.startswith("technique"))
     (missing / "result.json").unlink()
@@ -143,3 +144,27 @@ def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
     assert remade == [missing]
     again = json.loads((out / "bert_progressive_stack.cpu.json").read_text())
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in stored["points"]]  # and to the last bit
+
+
+def test_recipes_that_train_the_same_without_their_technique_share_the_baseline(tmp_path):
+    def home(recipe, **changes):
+        preset = replace(savings.PRESETS[recipe]["cpu"], **changes)
+        return savings.Sweep(recipe, "cpu", preset, tmp_path / recipe, None, 1).home(True)
+
+    stacking = home("bert_progressive_stack")
+    assert home("bert_token_skip") == stacking
+    assert home("bert_token_skip", flags=["--model.depth=4"]) != stacking
+    assert home("gpt_length_warmup") != stacking
+
+
+def test_wall_times_of_different_sweeps_are_not_compared():
+    costs = {"reference_seconds": 1.0, "flops": 1.0, "wall_seconds": 1.0}
+    points = [
+        {"baseline": True, "steps": n, "lr": 1.0, "loss": 3.0 - n, "recipe": "other"}
+        | {c: n * v for c, v in costs.items()}
+        for n in (1, 2)
+    ] + [{"baseline": False, "steps": 1, "lr": 1.0, "loss": 1.5, "recipe": "own"} | costs]
+    headline, _ = savings.analyse(points, 1, [1])
+    assert headline["wall_seconds"]["estimate"] is None
+    assert headline["wall_seconds"]["reason"].startswith("the baseline ran at another time")
+    assert headline["flops"]["estimate"] == pytest.approx(1 - 2**-0.5)
