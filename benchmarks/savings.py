@@ -57,6 +57,7 @@ class Preset:
         jobs: Runs at a time.
         threads: Threads of each run.
         metric: Name of the loss that is compared.
+        accuracies: Further qualities in the record, at equal values of which reference time is compared too.
         choices: Variants of the technique for ``benchmarks/choices.py``: name to (steps, flags), equal in FLOPs.
     """
 
@@ -69,6 +70,7 @@ class Preset:
     jobs: int = 1
     threads: int | None = None
     metric: str = "val/loss"
+    accuracies: tuple[str, ...] = ()
     choices: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
 
@@ -133,6 +135,47 @@ PRESETS: dict[str, dict[str, Preset]] = {
             relative_cost=0.55,
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
+        ),
+    },
+    "vit_patch_dropping": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
+            lrs=[7e-4, 1.2e-3, 2e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.55,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+            choices={
+                "half dropped, tuned for 5%": (900, []),
+                "half dropped, tuned for 20%": (776, ["--patch_dropping.tune=0.2"]),
+                "a quarter dropped, tuned for 5%": (604, ["--patch_dropping.fraction=0.25"]),
+                "three quarters dropped, tuned for 5%": (1_647, ["--patch_dropping.fraction=0.75"]),
+                "three quarters dropped, tuned for 20%": (
+                    1_158,
+                    ["--patch_dropping.fraction=0.75", "--patch_dropping.tune=0.2"],
+                ),
+            },
+        ),
+    },
+    "mae_token_skip": {
+        "cpu": Preset(
+            flags=[
+                "--trainer.accelerator=cpu",
+                "--trainer.devices=1",
+                "--data.source=data/cifar10/train-0000[0-3].tar",
+                CIFAR10[1],
+                "--data.max_val_images=2000",
+            ],
+            lrs=[1e-3, 2e-3, 4e-3],
+            tune_steps=[400],
+            baseline_steps=[200, 400, 800],
+            technique_steps=[600, 400],
+            relative_cost=0.33,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+            accuracies=("linear_probe_accuracy", "fine_tune_accuracy"),
         ),
     },
     "gpt_length_warmup": {
@@ -397,14 +440,17 @@ def costs(record: dict[str, Any], plain: float) -> dict[str, float]:
     }
 
 
-def analyse(points: list[dict[str, Any]], headline: int, lengths: list[int]) -> tuple[dict[str, Any], list[Any]]:
-    """Savings on each clock: of the headline length, and of every length.
+def analyse(
+    points: list[dict[str, Any]], headline: int, lengths: list[int], accuracies: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[Any]]:
+    """Savings on each clock, and of reference time at equal accuracies: of the headline length, and of every length.
 
     Where a side was run at several rates, the best one counts at each length.
     """
 
-    def of(baseline: bool, steps: int, clock: str) -> list[tuple[float, float]]:
-        return [(p[clock], p["loss"]) for p in best_runs(points, baseline, steps)]
+    def of(baseline: bool, steps: int, clock: str, accuracy: str = "") -> list[tuple[float, float]]:
+        runs = best_runs(points, baseline, steps)
+        return [(p[clock], 1 - p["metrics"][accuracy] if accuracy else p["loss"]) for p in runs]
 
     by_length = []
     for steps in lengths:
@@ -415,6 +461,12 @@ def analyse(points: list[dict[str, Any]], headline: int, lengths: list[int]) -> 
             if clock == "wall_seconds" and len({p["recipe"] for p in points if "recipe" in p}) > 1:
                 entry[clock] = asdict(Saving(None, None, None, "the baseline ran at another time, in another sweep"))
         entry["loss"] = statistics.mean(loss for _, loss in of(False, steps, "flops"))
+        if accuracies:
+            clock, lengths_run = "reference_seconds", {p["steps"] for p in points if p["baseline"]}
+            entry["at_equal"] = {
+                name: asdict(saving({n: of(True, n, clock, name) for n in lengths_run}, of(False, steps, clock, name)))
+                for name in accuracies
+            }
         by_length.append(entry)
     return next(e for e in by_length if e["steps"] == headline), by_length
 
@@ -496,7 +548,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             "seed": run.seed,
             "recipe": record["recipe"],
             "loss": record["metrics"][preset.metric],
-            "metrics": record["metrics"],
+            "metrics": record["metrics"] | {name: record[name] for name in preset.accuracies},
             **{name: record.get(name) for name in tables.REFERENCES},
             **costs(record, plain),
             "shapes": record["shapes"],
@@ -505,7 +557,8 @@ def run_sweep(args: argparse.Namespace) -> None:
         }
         for run, record in sorted(records.items(), key=lambda item: item[0].name)
     ]
-    headline, by_length = analyse(points, preset.technique_steps[0], preset.technique_steps)
+    headline, by_length = analyse(points, preset.technique_steps[0], preset.technique_steps, preset.accuracies)
+    untrained = sweep.make(Run(True, 1, rates(True, 1)[0], 1)) if preset.accuracies else {}
     own = next(record for run, record in records.items() if not run.baseline)
     references = {name: [p[name] for p in points if p[name] is not None] for name in tables.REFERENCES}
     result = {
@@ -521,6 +574,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "loss": headline["loss"],
         **{name: statistics.mean(values) if values else None for name, values in references.items()},
         "by_length": by_length,
+        "after_one_step": {name: untrained[name] for name in preset.accuracies},
         "tuning": tried,
         "plain_seconds": plain,
         "points": points,
@@ -570,15 +624,17 @@ def report(result: dict[str, Any], console: Console) -> None:
     for entry in result["by_length"]:
         for clock in CLOCKS:
             console.print(f"{entry['steps']} steps, {clock}: {describe(Saving(**entry[clock]))}", highlight=False)
+        for name, one in entry.get("at_equal", {}).items():
+            console.print(f"{entry['steps']} steps, {name}: {describe(Saving(**one), name)}", highlight=False)
 
 
-def describe(one: Saving) -> str:
+def describe(one: Saving, equal: str = "loss") -> str:
     """A saving in words."""
     if one.estimate is None:
         return f"no saving can be told: {one.reason}"
     if one.low is None or one.high is None:
         return f"{one.estimate:.0%} saved, no interval: {one.reason}"
-    return f"{one.estimate:.0%} saved at equal loss, 95% interval {one.low:.0%} to {one.high:.0%}"
+    return f"{one.estimate:.0%} saved at equal {equal}, 95% interval {one.low:.0%} to {one.high:.0%}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning from context or image
 
 
+ACCURACIES = {  # in a run's metrics, and what tables call them
+    "val/accuracy": "accuracy",
+    "linear_probe_accuracy": "linear probe",
+    "fine_tune_accuracy": "fine-tuned",
+}
+
+
 def quality(runs: list[dict[str, Any]]) -> str:
     """Mean loss of some runs, and what it means: the unigram entropy beside it, or accuracy and chance."""
     mean = {name: [run[name] for run in runs if run.get(name) is not None] for name in ("loss", *REFERENCES)}
@@ -22,8 +29,9 @@ def quality(runs: list[dict[str, Any]]) -> str:
     if mean["unigram_entropy"]:
         text += f" (unigram {statistics.mean(mean['unigram_entropy']):.3f})"
     if mean["chance_accuracy"]:
-        accuracy = statistics.mean(run["metrics"]["val/accuracy"] for run in runs)
-        text += f", accuracy {accuracy:.1%} (chance {statistics.mean(mean['chance_accuracy']):.1%})"
+        names = [name for name in ACCURACIES if name in runs[0]["metrics"]]
+        told = (f", {ACCURACIES[n]} {statistics.mean(run['metrics'][n] for run in runs):.1%}" for n in names)
+        text += f"{''.join(told)} (chance {statistics.mean(mean['chance_accuracy']):.1%})"
     return text
 
 
@@ -61,11 +69,18 @@ def savings_table(results: list[dict[str, Any]]) -> str:
             f"[{title}](docs/{r['technique']}.md)",
             f"[`{r['recipe']}`](recipes/{r['recipe']}.py), {r['preset']}",
             *(percent(r["saving"][clock]) for clock in ("reference_seconds", "flops", "wall_seconds")),
-            quality(best_runs(r["points"], False, r["headline_steps"])),
+            "; ".join([quality(best_runs(r["points"], False, r["headline_steps"])), *at_equal_accuracies(r)]),
             f"{machine}, {len(r['seeds'])} seeds, {r['date']}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def at_equal_accuracies(result: dict[str, Any]) -> list[str]:
+    """Reference time saved at equal accuracies, for a loss that is not what one trains for."""
+    headline = next(entry for entry in result["by_length"] if entry["steps"] == result["headline_steps"])
+    found = headline.get("at_equal", {})
+    return [f"at equal {ACCURACIES[name]} accuracy {percent(one)}" for name, one in found.items()]
 
 
 def points_table(result: dict[str, Any]) -> str:
@@ -85,6 +100,16 @@ def points_table(result: dict[str, Any]) -> str:
             f"| {quality(own)} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
             f"| {mean['wall_seconds']:.0f} | {'' if baseline else savings[steps]} |"
         )
+    for entry in result["by_length"]:
+        for name, one in entry.get("at_equal", {}).items():
+            told = percent(one) + (f" ({one['reason']})" if one["reason"] else "")
+            lines += [
+                "",
+                f"Reference time saved by {entry['steps']:,} steps at equal {ACCURACIES[name]} accuracy: {told}.",
+            ]
+    if after := result.get("after_one_step"):
+        told = ", ".join(f"{ACCURACIES[name]} {accuracy:.1%}" for name, accuracy in after.items())
+        lines += ["", f"For comparison, after a single step of pre-training: {told}."]
     for baseline, name in ((True, "baseline"), (False, "technique")):
         own = [one for one in result["tuning"] if one["baseline"] == baseline]
         tried = ", ".join(f"{one['steps']:,} steps at {one['lr']:g}: {one['loss']:.3f}" for one in own)
@@ -95,13 +120,24 @@ def points_table(result: dict[str, Any]) -> str:
 def choices_table(result: dict[str, Any]) -> str:
     """Variants of a technique at equal FLOPs."""
     entropy = result["unigram_entropy"]
+    context_free = f" (unigram {entropy:.3f})" if entropy else ""
     lines = [
-        f"| variant (rate {result['lr']:g}) | steps | TFLOPs | loss of each seed (unigram {entropy:.3f}) |",
+        f"| variant (rate {result['lr']:g}) | steps | TFLOPs | loss of each seed{context_free} |",
         "|---|---|---|---|",
     ]
     for row in result["variants"]:
         losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
         lines.append(f"| {row['variant']} | {row['steps']:,} | {row['flops'] / 1e12:.2f} | {losses} |")
+    return "\n".join(lines)
+
+
+def mae_step_lines(result: dict[str, Any]) -> str:
+    """What a step on the visible patches costs relative to one on all of them."""
+    lines = ["| network | encoder alone | whole step | cheaper, end to end |", "|---|---|---|---|"]
+    for name, size in result["sizes"].items():
+        encoder, whole = size["ratios"]["encoder"], size["ratios"]["end to end"]
+        cells = [f"{one['estimate']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in (encoder, whole)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {1 / whole['estimate']:.1f} times |")
     return "\n".join(lines)
 
 
@@ -176,6 +212,9 @@ def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = 
         card = docs / f"{result['technique']}.md"
         if card.exists():
             card.write_text(update(card.read_text(), f"points.{result['preset']}", points_table(result)))
+    for result in stored(folder, "mae_step"):
+        card = docs / f"{result['technique']}.md"
+        card.write_text(update(card.read_text(), f"step.{result['preset']}", mae_step_lines(result)))
     for result in stored(folder, "choices"):
         card = docs / f"{result['technique']}.md"
         if card.exists():

@@ -69,14 +69,26 @@ def stage_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def plain_step(record: dict[str, Any]) -> dict[str, float] | None:
+    """What a step without the technique costs: the mean of those that the run made, or what the clock priced apart."""
+    made = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
+    if made is not None:
+        return {clock: made[clock] / made["steps"] for clock in ("flops", "reference_seconds")}
+    steps = [shape for shape in record["shapes"] if shape["kind"] == "train"]
+    plain = next((shape for shape in steps if shape["plain"]), None)
+    if plain is None or not all(shape["update"] for shape in steps):
+        return None
+    return {"flops": plain["flops_each"], "reference_seconds": plain["seconds_each"]}
+
+
 def saving_line(record: dict[str, Any]) -> str:
     """What the technique saved against as many steps of the plain model, and what the loss or the accuracy means."""
     lines = []
-    plain = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
+    plain = plain_step(record)
     if not record["baseline"] and plain is None:
         lines.append("no step was the full model's, so there is no saving to tell: use --compare, or a longer run")
     elif not record["baseline"] and plain is not None:
-        full = {clock: record["steps"] * plain[clock] / plain["steps"] for clock in ("flops", "reference_seconds")}
+        full = {clock: record["steps"] * cost for clock, cost in plain.items()}
         saved = {clock: 1 - record[clock] / max(cost, 1e-12) for clock, cost in full.items()}
         lines += [
             f"against {record['steps']:,} steps of the full model: {_change(-saved['flops'])} FLOPs, "

@@ -17,7 +17,9 @@ if __name__ == "__main__":
         technique=MaskedTokenSkip,
         defaults={
             "trainer.max_steps": 1_000,
-            "trainer.callbacks": [{"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 100}}],
+            "trainer.callbacks": [
+                {"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 200, "lr": 4e-3}}
+            ],
             "model.architecture": "vit_tiny_patch16_224",
             "model.patch_size": 4,
             "model.depth": 4,
@@ -26,7 +28,7 @@ if __name__ == "__main__":
             "model.decoder_depth": 1,
             "model.decoder_width": 64,
             "model.decoder_heads": 4,
-            "model.lr": 1e-3,
+            "model.lr": 2e-3,
             "data.source": "digits",
             "data.image_size": 32,
             "data.batch_size": 64,

@@ -81,7 +81,9 @@ def test_stored_savings_follow_from_their_own_points():
             for clock in savings.CLOCKS:
                 assert again[clock] == pytest.approx(point[clock])
         lengths = [entry["steps"] for entry in result["by_length"]]
-        headline, by_length = savings.analyse(result["points"], result["headline_steps"], lengths)
+        headline, by_length = savings.analyse(
+            result["points"], result["headline_steps"], lengths, result.get("after_one_step", {})
+        )
         assert by_length == result["by_length"]
         assert {clock: headline[clock] for clock in savings.CLOCKS} == result["saving"]
 
@@ -146,6 +148,7 @@ def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in stored["points"]]  # and to the last bit
 
 
+@pytest.mark.slow
 def test_recipes_that_train_the_same_without_their_technique_share_the_baseline(tmp_path):
     def home(recipe, **changes):
         preset = replace(savings.PRESETS[recipe]["cpu"], **changes)

@@ -17,6 +17,7 @@ IMAGES = [*NETWORK, "--data.image_size=16", "--data.batch_size=8", "--data.max_v
 DECODER = ["--model.decoder_depth=1", "--model.decoder_width=8", "--model.decoder_heads=2"]
 FLAGS = {
     "gpt_length_warmup": TEXT,
+    "vit_patch_dropping": IMAGES,
     "vit_resolution_growing": IMAGES,
     "mae_token_skip": [*IMAGES, *DECODER, "--trainer.callbacks=null"],
     "bert_token_skip": [*TEXT, "--model.depth=4"],
