@@ -1,172 +1,29 @@
 """Images for classifiers: scanned digits, shards, a folder or CIFAR in, batches of one size out, augmented or not."""
 
-import io
-import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from lit_scale.datamodules.cache import cache_folder, digest
+from lit_scale.datamodules.cache import cache_folder
+from lit_scale.datamodules.image_sources import Source, UndecodableImageError, find_source, named_classes
 from lit_scale.datamodules.loader import ResumableLoader, derive_seed
 from lit_scale.datamodules.resume import ResumableDataModule, check_at_least
-from lit_scale.datamodules.shards import IMAGES, Shards, is_pattern
 
-__all__ = ["ImageDataModule", "UndecodableImageError"]
+__all__ = ["ImageDataModule"]
 
 _SMALL = 64  # up to this side, images are augmented as CIFAR's are, beyond as ImageNet's
 _BROKEN = 0.01  # share of undecodable images that is no longer a few bad files, but a bad data set
-_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # of the sources that have a name
 
 Batch = tuple[Tensor, Tensor]
 Key = int | tuple[int, int] | tuple[int, int, int | None]
-
-
-class UndecodableImageError(ValueError):
-    """An image that cannot be decoded, with its name and the cause."""
-
-
-# ---- where images come from
-
-
-class _Source(Protocol):
-    """Images by position: uint8 (3, H, W)."""
-
-    class_names: list[str] | None
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]: ...  # (N,)
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def image(self, index: int) -> Tensor: ...
-
-    def name(self, index: int) -> str: ...
-
-
-@dataclass
-class _Arrays:
-    """Images in memory, uint8 (N, H, W, 3)."""
-
-    title: str
-    pixels: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
-    class_names: list[str] | None = None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return digest(np.ascontiguousarray(self.pixels).tobytes() + self.labels.tobytes())
-
-    def image(self, index: int) -> Tensor:
-        return torch.from_numpy(self.pixels[index]).permute(2, 0, 1)
-
-    def name(self, index: int) -> str:
-        return f"image {index} of {self.title!r}"
-
-
-@dataclass
-class _Shards:
-    shards: Shards
-    class_names: list[str] | None = None
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        return self.shards.labels
-
-    @property
-    def fingerprint(self) -> str:
-        return self.shards.fingerprint
-
-    def image(self, index: int) -> Tensor:
-        return _decode(self.shards.read(index, *IMAGES), self.shards.name(index))
-
-    def name(self, index: int) -> str:
-        return self.shards.name(index)
-
-
-@dataclass
-class _Folder:
-    root: Path
-    paths: list[str]  # below the root
-    labels: npt.NDArray[np.int64]
-    class_names: list[str] | None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        sizes = [os.path.getsize(self.root / path) for path in self.paths]
-        return digest("\n".join(f"{path} {size}" for path, size in zip(self.paths, sizes, strict=True)).encode())
-
-    def image(self, index: int) -> Tensor:
-        return _decode((self.root / self.paths[index]).read_bytes(), self.name(index))
-
-    def name(self, index: int) -> str:
-        return f"image {str(self.root / self.paths[index])!r}"
-
-
-def _decode(data: bytes, name: str) -> Tensor:
-    """RGB pixels, uint8 (3, H, W)."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow raises whatever goes wrong inside its decoders
-        raise UndecodableImageError(
-            f"{name} cannot be decoded ({error}): repair or remove it, or pass skip_broken=True"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _digits() -> _Source:
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    grey = (found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8) with 16 shades
-    return _Arrays("digits", grey[..., None].repeat(3, axis=3), found.target.astype(np.int64), list("0123456789"))
-
-
-def _cifar(source: str, argument: str, root: Path, download: bool) -> _Source:
-    from torchvision import datasets
-
-    name, _, part = source.partition("-")
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    try:
-        found = kind(str(root), train=part != "test", download=download)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{argument}={source!r} cannot be downloaded to {str(root)!r} ({error}): put torchvision's files there, or "
-            "write shards where there is a network (recipes/write_shards.py), or use 'digits'"
-        ) from error
-    return _Arrays(source, found.data, np.array(found.targets, np.int64), list(found.classes))
-
-
-def _folder(source: str, argument: str) -> _Source:
-    from torchvision.datasets import ImageFolder
-
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        raise ValueError(
-            f"{argument}={source!r} is neither a folder nor one of {', '.join(_CLASSES)}; shards end in .tar"
-        )
-    try:
-        found = ImageFolder(str(root))
-    except FileNotFoundError as error:
-        shards = f"; for its shards, write {source.rstrip('/')}/*.tar" if any(root.glob("*.tar")) else ""
-        raise ValueError(
-            f"{argument}={source!r} has to hold one folder of images per class ({error}){shards}"
-        ) from error
-    paths = [os.path.relpath(path, root) for path, _ in found.samples]
-    return _Folder(root, paths, np.array(found.targets, np.int64), list(found.classes))
 
 
 # ---- data sets
@@ -203,7 +60,7 @@ class _Images(Dataset[Batch]):
 
     def __init__(
         self,
-        source: _Source,
+        source: Source,
         rows: npt.NDArray[np.int64],
         *,
         size: int,
@@ -398,31 +255,23 @@ class ImageDataModule(ResumableDataModule):
         self.train_set: _Images
         self.validation_set: _Images
         self._given_classes = num_classes
-        self._sources: dict[str, _Source] = {}  # those that were opened, by argument
+        self._sources: dict[str, Source] = {}  # those that were opened, by argument
         self._ready = False
 
-    def _open(self, argument: str, *, download: bool = False) -> _Source:
+    def _open(self, argument: str, *, download: bool = False) -> Source:
         """The source of this argument, read on first use."""
         if argument not in self._sources:
-            self._sources[argument] = self._find(getattr(self, argument), argument, download)
+            given = getattr(self, argument)
+            self._sources[argument] = find_source(given, argument, self.cache_dir, download=download)
         return self._sources[argument]
-
-    def _find(self, source: str | list[str], argument: str, download: bool) -> _Source:
-        if not isinstance(source, str) or is_pattern(source):
-            return _Shards(Shards(source, need=[IMAGES, ("cls",)], cache_dir=self.cache_dir))
-        if source == "digits":
-            return _digits()
-        if source.removesuffix("-test") in _CLASSES:
-            return _cifar(source, argument, self.cache_dir / "torchvision", download)
-        return _folder(source, argument)
 
     @property
     def num_classes(self) -> int:
         """As given, else those of the training images, which are looked at for it."""
         if self._given_classes is not None:
             return self._given_classes
-        if isinstance(self.source, str) and self.source.removesuffix("-test") in _CLASSES:
-            return _CLASSES[self.source.removesuffix("-test")]
+        if (known := named_classes(self.source)) is not None:
+            return known
         source = self._open("source")
         return len(source.class_names) if source.class_names else int(source.labels.max()) + 1
 
@@ -470,7 +319,7 @@ class ImageDataModule(ResumableDataModule):
         self._ready = True
         self.go_on()
 
-    def _check_labels(self, source: _Source) -> None:
+    def _check_labels(self, source: Source) -> None:
         classes = self.num_classes
         wrong = (source.labels < 0) | (source.labels >= classes)
         if wrong.any():

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lit_scale.datamodules import ImageDataModule, derive_seed, images, resume, write_shards
-from lit_scale.datamodules.images import UndecodableImageError
+from lit_scale.datamodules import ImageDataModule, derive_seed, image_sources, resume, write_shards
+from lit_scale.datamodules.image_sources import UndecodableImageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
@@ -315,8 +315,8 @@ def test_workers_and_memory_change_nothing(build: Build, cache_bytes: int) -> No
 
 def test_memory_spares_reading(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: Counter[str] = Counter()
-    decode = images._decode
-    monkeypatch.setattr(images, "_decode", lambda data, name: reads.update([name]) or decode(data, name))
+    decode = image_sources._decode
+    monkeypatch.setattr(image_sources, "_decode", lambda data, name: reads.update([name]) or decode(data, name))
     for cache_bytes, times in ((2**20, 1), (0, 3)):
         reads.clear()
         loader = build(cache_bytes=cache_bytes, batch_size=1).train_dataloader()
