@@ -47,10 +47,11 @@ def stage_table(record: dict[str, Any]) -> Table:
     names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]
     for name in names:
         table.add_column(name.replace("_", " "), "all" if name == names[0] else "", justify="right", no_wrap=True)
+    counted = "samples" if record["tokens"] == record["samples"] else "tokens"  # an image has one
     for name, total in {
         "from step": "",
         "steps": f"{record['steps']:,}",
-        "tokens": amount(record["tokens"]),
+        counted: amount(record["tokens"]),
         "FLOPs": amount(record["flops"]),
         "ref. s": seconds(record["reference_seconds"]),
         "val loss": loss(record["metrics"]),

@@ -273,6 +273,7 @@ WIDE = {
     "technique": "progressive_stacking",
     "baseline": False,
     "steps": 1_000_000,
+    "samples": 10**6,
     "tokens": 10**12,
     "flops": 3.1e21,
     "reference_seconds": 1.2e6,
@@ -294,6 +295,10 @@ def test_the_table_is_readable_at_80_columns_whatever_the_numbers():
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     assert "frozen" in text
+    pictures = WIDE | {"samples": 10**12}
+    console.print(stage_table(pictures))
+    assert "samples" in (text := console.export_text())
+    assert "tokens" not in text
     still = WIDE | {"stages": [stage | {"frozen": 0} for stage in WIDE["stages"]]}
     console.print(stage_table(still))
     assert "frozen" not in console.export_text()
@@ -302,8 +307,14 @@ def test_the_table_is_readable_at_80_columns_whatever_the_numbers():
 def test_the_saving_is_told_against_the_plain_step_only():
     line = saving_line(WIDE)
     assert line.startswith("against 1,000,000 steps of the full model: -22% FLOPs, -25% reference seconds")
-    unfinished = WIDE | {"stages": [stage | {"plain": False} for stage in WIDE["stages"]]}
+    made = {"kind": "train", "plain": False, "update": True, "count": 1_000_000}
+    unfinished = WIDE | {"stages": [stage | {"plain": False} for stage in WIDE["stages"]], "shapes": [made]}
     assert saving_line(unfinished).startswith("no step was the full model's")
+    plain = made | {"plain": True, "count": 0, "flops_each": 6.2e15, "seconds_each": 1.5}  # the clock priced one apart
+    line = saving_line(unfinished | {"shapes": [made, plain]})
+    assert line.startswith("against 1,000,000 steps of the full model: -50% FLOPs, -20% reference seconds")
+    accumulated = unfinished | {"shapes": [made, plain, made | {"update": False}]}  # a step is more than one of these
+    assert saving_line(accumulated).startswith("no step was the full model's")
     assert saving_line(WIDE | {"baseline": True}) == ""
     assert "34% below the unigram entropy" in saving_line(WIDE | {"baseline": True, "unigram_entropy": 3.2})
     classifier = {"baseline": True, "metrics": {"val/accuracy": 0.5}, "chance_accuracy": 0.125}

@@ -536,11 +536,15 @@ def test_the_clock_sees_the_shapes_and_its_replay_leaves_no_trace(kind: str, tmp
     assert [stage["plain"] for stage in stages.values()] == [kept == 1.0 for kept in stages]
     each = [stage["flops"] / stage["steps"] for stage in stages.values()]
     assert each == sorted(each)
+    baseline = CostMeter(repeats=0)
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[baseline])
+    trainer.fit(build("bert", depth=6), loader("bert"))
+    full = baseline.totals()["flops"] / 2
+    (plain,) = (shape for shape in record["shapes"] if shape["plain"])
+    assert plain["flops_each"] == full > each[0]
+    assert (plain["count"] == 0) == (kind == "masked")  # it makes no plain step, and has one priced all the same
     if kind != "masked":
-        baseline = CostMeter(repeats=0)
-        trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[baseline])
-        trainer.fit(build("bert", depth=6), loader("bert"))
-        assert baseline.totals()["flops"] == 2 * each[-1]
+        assert full == each[-1]
         assert len(set(each)) == len(each)
 
 
