@@ -1,6 +1,7 @@
 """What a technique saves at equal loss, against the frontier of a tuned and fully decayed baseline.
 
     python benchmarks/savings.py bert_progressive_stack --preset cpu
+    python benchmarks/savings.py --all --preset cpu
 
 Every run is the recipe itself in a process of its own, in mixed order. An interrupted sweep goes on where it stopped;
 runs of other code, flags or versions are made anew. Recipes that train the same without their technique share the
@@ -474,6 +475,7 @@ def analyse(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(PRESETS), nargs="?")
+    parser.add_argument("--all", action="store_true", help="every recipe that has the preset, one after the other")
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every point (3)")
     parser.add_argument(
@@ -491,27 +493,51 @@ def main() -> None:
         import tables
 
         return tables.update_readme(args.out)
-    if args.recipe is None:
-        parser.error(f"name a recipe: {', '.join(sorted(PRESETS))}")
+    if args.all == (args.recipe is not None):
+        parser.error(f"name one recipe, or --all: {', '.join(sorted(PRESETS))}")
+    if args.recipe is not None and args.preset not in PRESETS[args.recipe]:
+        parser.error(f"--preset {args.preset}: {args.recipe} has {', '.join(PRESETS[args.recipe])}")
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         parser.error("--seeds and --jobs must be at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.preset == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit("--preset gpu needs a CUDA device, and there is none; use --preset cpu")
     try:
-        run_sweep(args)
+        if args.all:
+            run_all(args)
+        else:
+            run_sweep(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """The sweeps of all recipes that have the preset; one that fails is told, and does not stop the others."""
+    console, started, failed = Console(), time.perf_counter(), []
+    recipes = [recipe for recipe, presets in PRESETS.items() if args.preset in presets]
+    for done, recipe in enumerate(recipes):
+        spent = (time.perf_counter() - started) / 60
+        left = f", about {spent / done * (len(recipes) - done):.0f} min left" if done else ""
+        console.rule(f"{recipe}: sweep {done + 1} of {len(recipes)}, {spent:.0f} min so far{left}")
+        try:
+            run_sweep(argparse.Namespace(**vars(args) | {"recipe": recipe}))
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            console.print(f"{recipe}: {error}", style="red", highlight=False)
+            failed.append(recipe)
+    if failed:
+        raise SystemExit(f"these sweeps failed, and go on where they stopped when started again: {', '.join(failed)}")
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     """Tune, train, analyse, store, and bring the README up to date."""
     import tables
-    import torch
 
     from lit_scale.cost import write_json
 
     console = Console()
-    if args.preset == "gpu" and not torch.cuda.is_available():
-        raise SystemExit("--preset gpu needs a CUDA device, and there is none; use --preset cpu")
     preset = PRESETS[args.recipe][args.preset]
     folder = args.runs / f"{args.recipe}.{args.preset}"
     sweep = Sweep(args.recipe, args.preset, preset, folder, console, args.jobs or preset.jobs)
@@ -589,6 +615,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     path = args.out / f"{args.recipe}.{args.preset}.json"
     write_json(path, result)
     tables.plot_saving(result, path.with_suffix(".png"))
+    tables.plot_overview(tables.stored(args.out, "saving"), args.out / "overview.png")
     tables.update_readme(args.out)
     report(result, console)
     console.print(f"written: {path}, {path.with_suffix('.png')}, README.md", highlight=False)

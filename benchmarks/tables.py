@@ -193,6 +193,29 @@ def plot_saving(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_overview(results: list[dict[str, Any]], path: Path) -> None:
+    """Reference time that each technique saved at equal loss, with its interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    told = [(r, r["saving"]["reference_seconds"]) for r in results]
+    told = sorted(((r, one) for r, one in told if one["estimate"] is not None), key=lambda pair: pair[1]["estimate"])
+    figure = Figure(figsize=(8, 1 + 0.35 * len(told)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for place, (_, one) in enumerate(told):
+        ends = [one["low"], one["high"]] if one["low"] is not None else [one["estimate"]] * 2
+        reach = [[100 * (one["estimate"] - ends[0])], [100 * (ends[1] - one["estimate"])]]
+        axis.errorbar(100 * one["estimate"], place, xerr=reach, fmt="o", color="tab:blue", capsize=3)
+    labels = [f"{r['technique'].replace('_', ' ')} ({r['preset']})" for r, _ in told]
+    axis.set_yticks(range(len(told)), labels)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_ylim(-0.5, len(told) - 0.5)
+    axis.set_xlabel("% of reference time saved at equal loss, 95% intervals")
+    axis.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=120)
+
+
 def update(text: str, name: str, body: str) -> str:
     """``text`` with what stands between the marks of ``name`` replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -67,26 +67,26 @@ class Recipe:
     command: list[str]
     model: type[LightningModule]
     data: type[LightningDataModule]
-    technique: type[Technique]
+    techniques: tuple[type[Technique], ...]
     defaults: dict[str, Any]
 
     @property
-    def group(self) -> str:
-        """Name of the technique's flags and result files: ``ProgressiveStacking`` is progressive_stacking."""
-        return snake_case(self.technique)
+    def side(self) -> str:
+        """What the run that is no baseline is called, and its folder: its technique, or that it has several."""
+        return snake_case(self.techniques[0]) if len(self.techniques) == 1 else "all_in_one"
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI without subcommands, for one model, one data module and one technique.
+    """LightningCLI without subcommands, for one model, one data module and one technique or several.
 
-    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*`` and the technique's own, named after its class in
+    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*`` and each technique's own, named after its class in
     snake case. What the data decides (seed, length, vocabulary) is linked to the model and is no flag of the model.
     With ``--compare`` and no ``arm`` it only reads the flags.
 
     Args:
         recipe: The recipe.
         args: The flags.
-        arm: Which run of a comparison this is: ``"baseline"`` or the technique's name.
+        arm: Which run of a comparison this is: ``"baseline"`` or the recipe's ``side``.
     """
 
     def __init__(self, recipe: Recipe, args: list[str], arm: str | None = None) -> None:
@@ -114,9 +114,11 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--seed_everything", type=int, default=1, help="seed of weights, data and dropout")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the technique's group, the recipe's own flags, links and defaults."""
-        parser.add_class_arguments(self.recipe.technique, self.recipe.group)
-        parser.add_argument("--baseline", action="store_true", help="the same run without the technique")
+        """Add each technique's group, the recipe's own flags, links and defaults."""
+        for technique in self.recipe.techniques:
+            parser.add_class_arguments(technique, snake_case(technique))
+        what = "technique" if len(self.recipe.techniques) == 1 else "techniques"
+        parser.add_argument("--baseline", action="store_true", help=f"the same run without the {what}")
         parser.add_argument("--compare", action="store_true", help="both runs, then a table side by side")
         parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint to resume from")
         parts = {"model": self.recipe.model, "data": self.recipe.data}
@@ -182,25 +184,26 @@ class RecipeCLI(LightningCLI):
     # -- objects ------------------------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
-        """Make the model, the data, the technique and the Trainer."""
+        """Make the model, the data, the techniques and the Trainer."""
         if not self.config.compare:
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The user's Trainer, with the technique, the clock and the guards."""
+        """The user's Trainer, with the techniques, the clock and the guards."""
         config = self._get(self.config_init, "trainer")
         checkpoints = Path(config.default_root_dir, "checkpoints")
         command = [*self.recipe.command, *self.arguments]
+        techniques = [self._get(self.config_init, snake_case(technique)) for technique in self.recipe.techniques]
         self.meter = CostMeter(
             recipe=self.recipe.name,
-            technique=self.recipe.group,
+            technique=self.recipe.side,
             baseline=self.config.baseline,
             extra={"command": shlex.join(command)},
         )
         callbacks = [
             LambdaCallback(on_train_start=lambda trainer, _: self.take_folder() if trainer.is_global_zero else None),
             *_listed(config.callbacks),
-            *([] if self.config.baseline else [self._get(self.config_init, self.recipe.group)]),
+            *([] if self.config.baseline else techniques),
             self.meter,
             FiniteGuard(),
             StepSeed(self.config.seed_everything),
@@ -258,7 +261,7 @@ def run_recipe(
     model: type[LightningModule],
     data: type[LightningDataModule],
     *,
-    technique: type[Technique],
+    technique: type[Technique] | Sequence[type[Technique]],
     defaults: dict[str, Any],
     args: Sequence[str] | None = None,
     name: str | None = None,
@@ -270,13 +273,14 @@ def run_recipe(
     Args:
         model: The LightningModule's class; its arguments become ``--model.*``.
         data: The data module's class; ``--data.*``.
-        technique: The technique's class; its arguments become a group named after it.
+        technique: The technique's class; its arguments become a group named after it. Or several.
         defaults: Defaults that differ from the classes' own, by flag, e.g. ``{"trainer.max_steps": 700}``.
         args: Command line; that of the process by default.
         name: Name of the recipe; by default that of the file this is called in.
 
     Returns:
-        The record of each run, by ``"baseline"`` or the technique's name; nothing on ranks other than 0.
+        The record of each run, by ``"baseline"`` or the technique's name, ``"all_in_one"`` if there are several;
+        nothing on ranks other than 0.
 
     Raises:
         SystemExit: With code 1 and one line of explanation for what cannot work, 2 for flags that cannot be read, 130
@@ -284,7 +288,8 @@ def run_recipe(
     """
     caller = sys._getframe(1)
     file = caller.f_code.co_filename
-    name = name or (snake_case(technique) if file.startswith("<") else Path(file).stem)
+    techniques = (technique,) if isinstance(technique, type) else tuple(technique)
+    name = name or (snake_case(techniques[0]) if file.startswith("<") else Path(file).stem)
     script = sys.argv[0] if args is None else file
     recipe = Recipe(
         name,
@@ -292,7 +297,7 @@ def run_recipe(
         [_python(), script],
         model,
         data,
-        technique,
+        techniques,
         defaults,
     )
     with quiet():
@@ -316,7 +321,7 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
     if not cli.config.compare:
         return _run_one(cli, console)
     root, ckpt_path = Path(cli.config.trainer.default_root_dir), cli.config.ckpt_path
-    arms = ("baseline", recipe.group)
+    arms = ("baseline", recipe.side)
     if ckpt_path is not None and not any(_is_inside(ckpt_path, root / arm) for arm in arms):
         raise ValueError(
             f"ckpt_path={ckpt_path!r}: --compare resumes from checkpoints below {root}/{{{','.join(arms)}}}"
@@ -339,7 +344,7 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
 
 def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
     """One run, with its report."""
-    arm = "baseline" if cli.config.baseline else cli.recipe.group
+    arm = "baseline" if cli.config.baseline else cli.recipe.side
     root = Path(cli.trainer.default_root_dir)
     if cli.trainer.is_global_zero:
         size = sum(parameter.numel() for parameter in cli.model.parameters())
@@ -405,11 +410,12 @@ def _validation_times(trainer: Any) -> tuple[int | float | str, int | None]:
 
 def _check_checkpoint(cli: RecipeCLI, checkpoint: dict[str, Any]) -> None:
     """Refuse what Lightning would resume into a mixture of two runs."""
-    trained_with, name = checkpoint.get(_MARK, {}), cli.recipe.technique.__name__
-    if cli.config.baseline and name in trained_with:
-        raise ValueError(f"the checkpoint was trained with {name}: leave out --baseline, or start a new run")
-    if not cli.config.baseline and name not in trained_with:
-        raise ValueError(f"the checkpoint was trained without {name}: add --baseline, or start a new run")
+    trained_with = checkpoint.get(_MARK, {})
+    for name in (technique.__name__ for technique in cli.recipe.techniques):
+        if cli.config.baseline and name in trained_with:
+            raise ValueError(f"the checkpoint was trained with {name}: leave out --baseline, or start a new run")
+        if not cli.config.baseline and name not in trained_with:
+            raise ValueError(f"the checkpoint was trained without {name}: add --baseline, or start a new run")
     now = cli.model.hparams
     saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
     differing = [

@@ -58,7 +58,7 @@ class CostMeter(Callback):
 
     Args:
         recipe: Name of the recipe, for the record.
-        technique: Name of the technique, for the record; metrics logged as ``technique/...`` are left out of it.
+        technique: Name of the technique, for the record; what techniques log as ``their_name/...`` is left out of it.
         baseline: Whether this run is the one without the technique.
         repeats: Timed rounds over all shapes; 0 keeps the in-run medians.
         filename: Name of the result file inside ``trainer.default_root_dir``.
@@ -171,7 +171,7 @@ class CostMeter(Callback):
         after = trainer.state.fn == "validate" and not self._begun
         if trainer.sanity_checking or not self.ledger.counts or not (after or trainer.state.fn == "fit"):
             return
-        hidden = ("train", f"{self.technique}/") if self.technique else ("train",)
+        hidden = ("train", *(f"{technique.name}/" for technique in _techniques(trainer)))
         logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         metrics = {name: float(value) for name, value in logged.items() if not name.startswith(hidden)}
         clocks = {f"{name}_seconds": seconds for name, seconds in self._elapsed().items()}

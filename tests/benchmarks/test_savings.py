@@ -1,6 +1,5 @@
 import json
 import math
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -93,14 +92,41 @@ def test_the_recorded_command_names_no_folder():
     assert savings.command("savings", args) == "python benchmarks/savings.py bert --seeds 3"
 
 
-@pytest.mark.parametrize("argument", ["--seeds=0", "--jobs=0", "--preset=tpu", "no_such_recipe"])
-def test_bad_arguments_are_refused_with_usage(argument, monkeypatch, capsys):
-    recipe = [] if argument == "no_such_recipe" else ["bert_progressive_stack"]
-    monkeypatch.setattr(sys, "argv", ["savings.py", *recipe, argument])
+def test_all_sweeps_go_on_when_one_fails(monkeypatch, capsys):
+    made = []
+
+    def sweep(args):
+        made.append(args.recipe)
+        if args.recipe == "vit_resolution_growing":
+            raise RuntimeError("baseline-300 ended with exit code 1")
+
+    monkeypatch.setattr(savings, "run_sweep", sweep)
+    monkeypatch.setattr(sys, "argv", ["savings.py", "--all"])
+    with pytest.raises(SystemExit, match="these sweeps failed.*: vit_resolution_growing$"):
+        savings.main()
+    assert made == [recipe for recipe, presets in savings.PRESETS.items() if "cpu" in presets]
+    printed = capsys.readouterr().out
+    assert f"sweep {len(made)} of {len(made)}" in printed
+    assert "vit_resolution_growing: baseline-300 ended with exit code 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("bert_progressive_stack --seeds=0", "--seeds"),
+        ("bert_progressive_stack --jobs=0", "--jobs"),
+        ("bert_progressive_stack --preset=tpu", "--preset"),
+        ("bert_progressive_stack --all", "name one recipe, or --all"),
+        ("vit_resolution_growing --preset=gpu", "--preset gpu: vit_resolution_growing has cpu"),
+        ("no_such_recipe", "recipe"),
+    ],
+)
+def test_bad_arguments_are_refused_with_usage(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["savings.py", *arguments.split()])
     with pytest.raises(SystemExit) as stopped:
         savings.main()
     assert stopped.value.code == 2
-    assert re.search(argument.strip("-").split("=")[0].replace("no_such_recipe", "recipe"), capsys.readouterr().err)
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -131,6 +157,7 @@ def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
     savings.main()
     stored = json.loads((out / "bert_progressive_stack.cpu.json").read_text())
     assert (out / "bert_progressive_stack.cpu.png").stat().st_size > 10_000
+    assert (out / "overview.png").stat().st_size > 5_000
     assert len(stored["points"]) == 6
     assert set(stored["saving"]) == set(savings.CLOCKS)
     assert all(point["reference_seconds"] > 0 and point["flops"] > 0 for point in stored["points"])

@@ -20,7 +20,9 @@ FLAGS = {
     "vit_patch_dropping": IMAGES,
     "vit_resolution_growing": IMAGES,
     "mae_token_skip": [*IMAGES, *DECODER, "--trainer.callbacks=null"],
+    "bert_all_in_one": [*TEXT, "--model.depth=4"],
     "bert_token_skip": [*TEXT, "--model.depth=4"],
+    "vit_all_in_one": IMAGES,
 }
 
 

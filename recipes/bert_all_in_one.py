@@ -1,0 +1,30 @@
+"""BERT with all that goes together: progressive stacking for the blocks, token dropping inside of those that run.
+
+python recipes/bert_all_in_one.py                        # both techniques, on Python's own sources
+python recipes/bert_all_in_one.py --compare              # and the same run without them, side by side
+python recipes/bert_all_in_one.py --token_dropping.drop random --data.corpus my_text/
+"""
+
+from lit_scale.callbacks import ProgressiveStacking, TokenDropping
+from lit_scale.cli import run_recipe
+from lit_scale.datamodules import TextDataModule
+from lit_scale.models import BertMLM
+
+if __name__ == "__main__":
+    run_recipe(
+        BertMLM,
+        TextDataModule,
+        technique=[ProgressiveStacking, TokenDropping],
+        defaults={
+            "trainer.max_steps": 1_000,
+            "model.depth": 8,
+            "model.width": 128,
+            "model.num_heads": 4,
+            "model.positions": "rotary",
+            "model.init_std": 0.05,  # BERT's 0.02 at width 768, scaled by 1 / sqrt(width)
+            "model.lr": 1e-3,
+            "data.sequence_length": 64,
+            "data.batch_size": 16,
+            "data.max_val_sequences": 1024,
+        },
+    )
