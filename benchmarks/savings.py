@@ -129,7 +129,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "vit_resolution_growing": {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
-            lrs=[7e-4, 1.2e-3, 2e-3],
+            lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[900, 600],
@@ -141,7 +141,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "vit_patch_dropping": {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
-            lrs=[7e-4, 1.2e-3, 2e-3],
+            lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[900, 600],
@@ -211,6 +211,30 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "random from a quarter": (747, ["--token_dropping.drop=random", "--token_dropping.keep=0.25"]),
                 "random from a half": (676, ["--token_dropping.drop=random", "--token_dropping.keep=0.5"]),
             },
+        ),
+    },
+    "bert_all_in_one": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+            lrs=[4.5e-4, 6.7e-4, 1e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.5,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+        ),
+    },
+    "vit_all_in_one": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
+            lrs=[4.1e-4, 7e-4, 1.2e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.4,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
         ),
     },
 }

@@ -234,7 +234,10 @@ def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = 
     for result in stored(folder, "saving"):
         card = docs / f"{result['technique']}.md"
         if card.exists():
-            card.write_text(update(card.read_text(), f"points.{result['preset']}", points_table(result)))
+            text = card.read_text()
+            for name in (f"points.{result['preset']}", f"points.{result['recipe']}.{result['preset']}"):
+                text = update(text, name, points_table(result))  # a card of several recipes has a place for each
+            card.write_text(text)
     for result in stored(folder, "mae_step"):
         card = docs / f"{result['technique']}.md"
         card.write_text(update(card.read_text(), f"step.{result['preset']}", mae_step_lines(result)))
