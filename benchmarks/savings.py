@@ -205,6 +205,11 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "easy, half of 3 of 8 blocks": (700, []),
                 "easy, a quarter of 3 of 8 blocks": (789, ["--token_dropping.keep=0.25"]),
                 "easy, half of 5 of 8 blocks": (835, ["--token_dropping.before=2"]),
+                "easy, a quarter of 5 of 8 blocks": (
+                    1_069,
+                    ["--token_dropping.before=2", "--token_dropping.keep=0.25"],
+                ),
+                "easy, an eighth of 3 of 8 blocks": (844, ["--token_dropping.keep=0.125"]),
                 "easy, all tokens in the last fifth": (675, ["--token_dropping.until=0.8"]),
                 "masks join for the last quarter": (644, ["--token_dropping.drop=masked"]),
                 "random from a sixteenth": (810, ["--token_dropping.drop=random"]),
