@@ -144,13 +144,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
             lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
-            technique_steps=[900, 600],
-            relative_cost=0.55,
+            technique_steps=[1_400, 900],
+            relative_cost=0.35,
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
             choices={
-                "half dropped, tuned for 5%": (900, []),
-                "half dropped, tuned for 20%": (776, ["--patch_dropping.tune=0.2"]),
+                "half dropped, tuned for 5%": (900, ["--patch_dropping.fraction=0.5"]),
+                "half dropped, tuned for 20%": (776, ["--patch_dropping.fraction=0.5", "--patch_dropping.tune=0.2"]),
                 "a quarter dropped, tuned for 5%": (604, ["--patch_dropping.fraction=0.25"]),
                 "three quarters dropped, tuned for 5%": (1_647, ["--patch_dropping.fraction=0.75"]),
                 "three quarters dropped, tuned for 20%": (

@@ -1,8 +1,8 @@
-"""ViT with patch dropping (FLIP, Li et al. 2023): half of the patches, then a short tuning on whole images.
+"""ViT with patch dropping (FLIP, Li et al. 2023): a quarter of the patches, then a short tuning on whole images.
 
 python recipes/vit_patch_dropping.py                         # the technique, on scikit-learn's scanned digits
 python recipes/vit_patch_dropping.py --compare               # and the same run without it, side by side
-python recipes/vit_patch_dropping.py --patch_dropping.fraction 0.75 --patch_dropping.tune 0.2
+python recipes/vit_patch_dropping.py --patch_dropping.fraction 0.5 --patch_dropping.tune 0.2
 """
 
 from lit_scale.callbacks import PatchDropping
@@ -17,6 +17,7 @@ if __name__ == "__main__":
         technique=PatchDropping,
         defaults={
             "trainer.max_steps": 600,
+            "patch_dropping.fraction": 0.75,  # better than 0.5 at equal FLOPs, see docs/patch_dropping.md
             "model.depth": 6,
             "model.width": 128,
             "model.num_heads": 4,
