@@ -182,8 +182,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "gpt_length_warmup": {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
-            lrs=[5e-4, 1e-3, 2e-3],
-            tune_steps=[400, 800],
+            lrs=[1e-3, 2e-3, 4e-3],
+            tune_steps=[400],
             baseline_steps=[200, 400, 800],
             technique_steps=[600, 400],
             relative_cost=0.75,

@@ -21,7 +21,8 @@ if __name__ == "__main__":
             "model.width": 128,
             "model.num_heads": 4,
             "model.positions": "rotary",
-            "model.lr": 1e-3,
+            "model.init_std": 0.05,  # GPT-2's 0.02 is for 768 channels and more; scaled by 1 / sqrt(width)
+            "model.lr": 2e-3,
             "data.mask_rate": 0.0,
             "data.sequence_length": 512,
             "data.batch_size": 4,
