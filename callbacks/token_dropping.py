@@ -201,7 +201,7 @@ class TokenDropping(Technique):
     def _check_arguments(self) -> None:
         if self.drop == "masked" and self.keep is not None:
             raise ValueError(
-                f"keep={self.keep} with drop='masked': the batch's masked positions decide; leave keep out"
+                f"keep={self.keep} with drop='masked': the batch's masked positions decide; pass keep=None"
             )
         if self.drop == "masked" and self.until != 1.0:
             raise ValueError(f"until={self.until} with drop='masked': masks that join late do so in all of the run")

@@ -17,6 +17,8 @@ if __name__ == "__main__":
         technique=[ProgressiveStacking, TokenDropping],
         defaults={
             "trainer.max_steps": 1_000,
+            "token_dropping.keep": 0.25,
+            "token_dropping.before": 0.25,  # of the blocks that are active
             "model.depth": 8,
             "model.width": 128,
             "model.num_heads": 4,

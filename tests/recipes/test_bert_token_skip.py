@@ -26,9 +26,9 @@ def run(tiny, monkeypatch, *args):
 def test_the_recipe_drops_tokens_and_tells_what_it_saved(tiny, monkeypatch, capsys):
     assert run(tiny, monkeypatch, "--token_dropping.until=0.5", "--trainer.max_steps=20") == 0
     record, printed = tiny.record(ROOT), capsys.readouterr()
-    assert [stage["kept"] for stage in record["stages"]] == [0.5, 1.0]
-    half, full = (stage["flops"] / stage["steps"] for stage in record["stages"])
-    assert half < full
+    assert [stage["kept"] for stage in record["stages"]] == [0.25, 1.0]
+    quarter, full = (stage["flops"] / stage["steps"] for stage in record["stages"])
+    assert quarter < full
     assert record["metrics"]["val/loss"] < record["curve"][0]["metrics"]["val/loss"], "it learns"
     assert re.search(r"-\d+% FLOPs", printed.out)
     assert printed.err == ""
@@ -51,6 +51,7 @@ def test_without_dropping_it_is_the_plain_run(tiny, monkeypatch, flags):
     [
         ("drop=hard", 2, "expected one of 'easy', 'masked', 'random'"),
         ("keep=2", 1, "keep=2.0 is not a share of the tokens"),
+        ("drop=masked", 1, "keep=0.25 with drop='masked': the batch's masked positions decide; pass keep=None"),
         ("before=4", 1, "before=4 and after=1 leave no block of the model's 4"),
     ],
 )
@@ -62,6 +63,7 @@ def test_flags_that_cannot_work_are_one_line(tiny, monkeypatch, capsys, flag, co
 
 
 def test_masks_can_join_late(tiny, monkeypatch):
-    assert run(tiny, monkeypatch, "--token_dropping.drop=masked", "--data.mask_rate=0.4") == 0
+    kind = ["--token_dropping.drop=masked", "--token_dropping.keep=null", "--token_dropping.before=null"]
+    assert run(tiny, monkeypatch, *kind, "--data.mask_rate=0.4") == 0
     assert tiny.record(ROOT)["stages"][0]["kept"] == "unmasked"
     assert any("masks join late" in key for key in tiny.checkpoint(ROOT)["state_dict"])
