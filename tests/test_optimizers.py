@@ -270,7 +270,7 @@ def test_every_name_decays_matrices_only_and_learns(name: str) -> None:
     for _ in range(30):
         step(module, optimizer, batch)
         losses.append(module.per_sample_loss(batch).mean().item())
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 0.05
 
 
 def test_sgd_is_nesterovs() -> None:
