@@ -172,7 +172,7 @@ def parity_lines(result: dict[str, Any]) -> str:
 def large_batch_table(result: dict[str, Any]) -> str:
     """Every side of a comparison at equal samples."""
     lines = [
-        f"| side | batch | steps | rate | loss (context-free) | against the small batch, {len(result['seeds'])} seeds |",
+        f"| side | batch | steps | rate | loss (context-free) | above the small batch, {len(result['seeds'])} seeds |",
         "|---|---|---|---|---|---|",
     ]
     for side, above in result["above_small"].items():

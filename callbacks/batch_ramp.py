@@ -1,4 +1,4 @@
-"""Batch ramp (Smith et al., ICLR 2018; McCandlish et al. 2018, section 2.4): small batches first, large ones later.
+"""Batch ramp (Smith et al., ICLR 2018; McCandlish et al. 2018): small batches first, large ones later.
 
     accumulate B(progress) / b micro-batches of b samples, B ascending by stages of the run
 

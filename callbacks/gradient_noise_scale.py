@@ -21,7 +21,7 @@ __all__ = ["GradientNoiseScale", "signal_and_noise"]
 
 
 def signal_and_noise(small: Tensor, large: Tensor, small_batch: int, large_batch: int) -> tuple[Tensor, Tensor]:
-    """Unbiased estimates of |G|^2 and of S = tr(Sigma), equation A.2.
+    """Unbiased estimates of |G|^2 and of S = tr(Sigma), from two batch sizes.
 
     Args:
         small: Squared norm of the mean gradient of ``small_batch`` samples.
@@ -46,8 +46,8 @@ class GradientNoiseScale(Callback):
     taken. Metrics are ``gradient_noise_scale/critical_batch``, ``.../signal`` and ``.../noise``. It observes and
     changes nothing; on one device it needs ``accumulate_grad_batches`` of at least 2.
 
-    Gradients are taken as they are. What Adam or LAMB make of them has another noise scale, usually of the same order
-    (McCandlish et al., appendix A.1), so read the figure as an order of magnitude.
+    Gradients are taken as they are. What Adam or LAMB make of them has another noise scale, so read the figure as
+    an order of magnitude.
 
     Args:
         smoothing: Weight of the past in the moving averages, in [0, 1).

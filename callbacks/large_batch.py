@@ -93,6 +93,11 @@ class LargeBatch(Technique):
             raise ValueError(
                 "callbacks: put LargeBatch in front of EightBitOptimizer, whose optimizer it would replace"
             )
+        if not any(group.get("weight_decay") for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer={self.optimizer!r} adapts the parameters that decay, and the module's optimizer has none; "
+                "give its matrices a weight decay, however small"
+            )
         from timm.optim import Lamb, Lars
 
         keys = {"lr", "weight_decay"} | ({"betas"} if self.optimizer == "lamb" else set())

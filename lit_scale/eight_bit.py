@@ -142,8 +142,8 @@ def make_eight_bit(
         plain = name.removesuffix("8bit")
         raise ValueError(
             f"optimizer={name!r}: bitsandbytes {_version()} makes no 8-bit update here "
-            f"({type(error).__name__}: {error}); use optimizer={plain!r}, or train on a CPU (bitsandbytes 0.50 or "
-            "later) or a CUDA device"
+            f"({type(error).__name__}: {error}); use optimizer={plain!r}, or train on a CUDA device, or on a CPU "
+            "with a newer bitsandbytes"
         ) from error
     if name == "lamb8bit":
         clip = options.pop("max_grad_norm", 1.0)

@@ -136,8 +136,9 @@ def state_bytes(optimizers: Iterable[Optimizer]) -> int:
         288
     """
     leaves = [leaf for optimizer in optimizers for leaf in tree_leaves(list(optimizer.state.values()))]
-    tensors = {(leaf.data_ptr(), leaf.nbytes): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    local: list[Tensor] = [leaf.to_local() if hasattr(leaf, "to_local") else leaf for leaf in leaves]  # of this rank
+    tensors = [leaf for leaf in local if isinstance(leaf, Tensor) and leaf.numel()]
+    return sum({(tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in tensors}.values())
 
 
 # -- changing the optimizers of a run ---------------------------------------------------------------------------------

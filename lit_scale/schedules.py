@@ -92,8 +92,8 @@ def rate_factor(times: float, scaling: RateScaling = "sqrt") -> float:
     """Factor on the learning rate of a batch that is so many times as large.
 
     ``"linear"`` is for SGD with momentum (Goyal et al. 2017, section 2.1), ``"sqrt"`` for optimizers that divide by the
-    size of the gradient (Hoffer et al. 2017; You et al. 2020, table 4). Both presume a warm-up, and a batch below the
-    critical one: beyond it no rate makes up for the steps that are missing.
+    size of the gradient (Hoffer et al. 2017; You et al. 2020, for untuned LAMB). Both presume a warm-up, and a batch
+    below the critical one: beyond it no rate makes up for the steps that are missing.
 
     Args:
         times: The batch over the one that the rate was tuned for.

@@ -116,6 +116,11 @@ def test_a_checkpoint_of_the_one_does_not_go_on_as_the_other(tmp_path: Path) -> 
             {},
             r"8 batches ends inside an optimizer step of 3; pass Trainer\(limit_train_batches=6",
         ),
+        (
+            lambda: [LargeBatch(2)],
+            {"build": {"optimizer": OPTIMIZERS["Adam"]}},
+            "optimizer='lamb' adapts the parameters that decay, and the module's optimizer has none",
+        ),
         (lambda: [EightBitOptimizer(), LargeBatch(2)], {}, "put LargeBatch in front of EightBitOptimizer"),
         (
             lambda: [EightBitOptimizer()],
