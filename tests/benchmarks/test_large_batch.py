@@ -20,7 +20,7 @@ TINY = [
 
 
 def test_every_side_is_tuned_beyond_the_ends_of_its_grid(tmp_path):
-    sweep = large_batch.LargeSweep("x", "cpu", large_batch.PRESETS["cpu"], tmp_path, None, 1)
+    sweep = large_batch.LargeSweep(large_batch.RECIPE, "cpu", large_batch.PRESETS["cpu"], tmp_path, None, 1)
     best = {"small batch": 1e-3, "AdamW": 8e-3, "LAMB": 5e-3}
     sweep.make_all = lambda runs, what: {
         run: {"metrics": {"val/loss": abs(math.log(run.lr / best[run.variant]))}} for run in runs
@@ -34,7 +34,7 @@ def test_every_side_is_tuned_beyond_the_ends_of_its_grid(tmp_path):
 
 
 def test_sides_see_equal_samples_and_differ_in_what_they_should(tmp_path):
-    sweep = large_batch.LargeSweep("x", "cpu", large_batch.PRESETS["cpu"], tmp_path, None, 1)
+    sweep = large_batch.LargeSweep(large_batch.RECIPE, "cpu", large_batch.PRESETS["cpu"], tmp_path, None, 1)
     flags = {side: sweep.flags(large_batch.Run(False, 320, 0.01, 1, side)) for side in large_batch.SIDES}
     for own in flags.values():
         assert "--trainer.limit_train_batches=320" in own

@@ -29,6 +29,7 @@ def test_state_time_and_peak_are_told_and_rendered(tmp_path, monkeypatch):
     assert "Not measured yet" in tables.memory_lines([])
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own():
     before = memory.peak_alone("cpu", 0, "adamw")
     bytes_of_state = 8 * 4_700_000
