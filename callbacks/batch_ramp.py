@@ -8,6 +8,7 @@ more samples than help, late ones are as large as the devices can share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,7 +103,12 @@ class BatchRamp(Technique):
         else:
             before, step = self.windows, trainer.global_step
             epochs = trainer.max_epochs or -1
-            data = trainer.num_training_batches * epochs if epochs > 0 else float("inf")
+            data = trainer.num_training_batches * epochs if epochs > 0 else math.inf
+            if trainer.max_steps < 0 and data == math.inf:
+                raise ValueError(
+                    "BatchRamp: stages are fractions of a run whose length cannot be told; pass max_steps or max_time, "
+                    "or max_epochs with a loader that has a length"
+                )
             self.windows = plan_windows(self._starts, self._sizes, max_steps=trainer.max_steps, batches=data)
             if before and _until(before, step) != _until(self.windows, step):
                 raise ValueError(
