@@ -163,6 +163,73 @@ def overhead_lines(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def memory_lines(results: list[dict[str, Any]]) -> str:
+    """State, peak memory and time of 8-bit optimizers, as shares of their 32-bit forms."""
+    lines = [
+        "| optimizer | size | state | share of 32-bit | peak memory | time of a step | on |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        machine = (result["hardware"]["gpus"] or [result["hardware"]["cpu"]])[0]
+        for size in result["sizes"]:
+            for row in size["optimizers"]:
+                step = row["step_ratio"]
+                cells = [
+                    f"`{row['optimizer']}` / `{row['against']}`",
+                    size["name"],
+                    f"{row['state_bytes'] / 2**20:.1f} MiB",
+                    f"**{row['state_ratio']:.3f}**",
+                    f"{row['peak_bytes'] / max(1, row['peak_bytes_32']):.2f}",
+                    f"{step['estimate']:.2f} ({step['low']:.2f} to {step['high']:.2f})",
+                    f"{machine}, {result['date']}",
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if results else "Not measured yet; `python benchmarks/memory.py` writes the table here."
+
+
+def parity_lines(result: dict[str, Any]) -> str:
+    """The loss with 8-bit state beside that with 32-bit state, seed by seed."""
+    same = result["parity"]
+    entropy = f" (unigram {same['unigram_entropy']:.3f})" if same["unigram_entropy"] else ""
+    lines = [
+        f"| state | bytes | loss of each seed after {same['steps']:,} steps{entropy} | mean |",
+        "|---|---|---|---|",
+    ]
+    for side, losses in same["losses"].items():
+        share = f"{same['state_ratio']:.3f}" if side == "8-bit" else "1"
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"| {side} | {share} | {each} | {statistics.mean(losses):.4f} |")
+    gap, spread = same["difference"], same["spread_over_seeds"]
+    noise = f"; seeds differ by {spread:.4f} (standard deviation)" if spread is not None else ""
+    told = f"Difference {gap['estimate']:+.4f}, 95% interval {gap['low']:+.4f} to {gap['high']:+.4f}{noise}."
+    return "\n".join([*lines, "", told])
+
+
+def large_batch_table(result: dict[str, Any]) -> str:
+    """Every side of a comparison at equal samples."""
+    lines = [
+        f"| side | batch | steps | rate | loss (context-free) | above the small batch, {len(result['seeds'])} seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, above in result["above_small"].items():
+        own = [p for p in result["points"] if p["side"] == side]
+        versus = f"{above['estimate']:+.1%} ({above['low']:+.1%} to {above['high']:+.1%})"
+        cells = [
+            side,
+            f"{own[0]['samples'] // own[0]['steps']:,}",
+            f"{own[0]['steps']:,}",
+            f"{own[0]['lr']:g}",
+            quality(own),
+            "" if side == "small batch" else versus,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for side in result["above_small"]:
+        own = [one for one in result["tuning"] if one["side"] == side]
+        tried = ", ".join(f"{one['lr']:g}: {one['loss']:.3f}" for one in own)
+        lines += ["", f"Rates tried for {side} (loss of one other seed): {tried}."]
+    return "\n".join(lines)
+
+
 def plot_saving(result: dict[str, Any], path: Path) -> None:
     """Loss over cost on each clock: the baseline's frontier, the technique's runs, and the saving between them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -245,10 +312,19 @@ def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = 
         card = docs / f"{result['technique']}.md"
         if card.exists():
             card.write_text(update(card.read_text(), f"choices.{result['preset']}", choices_table(result)))
+    for kind, name, make in (
+        ("large_batch", "lamb", large_batch_table),
+        ("memory", "eight_bit_optimizers", parity_lines),
+    ):
+        for result in stored(folder, kind):
+            card = docs / f"{name}.md"
+            if card.exists() and result.get("parity", True):
+                card.write_text(update(card.read_text(), f"{kind}.{result['preset']}", make(result)))
 
 
 def render(text: str, folder: Path) -> str:
     """The README with its generated parts as the stored results in ``folder`` have them."""
     text = update(text, "savings", savings_table(stored(folder, "saving")))
+    text = update(text, "memory", memory_lines(stored(folder, "memory")))
     text = update(text, "throughput", throughput_lines(stored(folder, "throughput")))
     return update(text, "overhead", overhead_lines(stored(folder, "overhead")))

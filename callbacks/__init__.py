@@ -1,5 +1,9 @@
 """Callbacks: one technique a file, named after it."""
 
+from lit_scale.callbacks.batch_ramp import BatchRamp
+from lit_scale.callbacks.eight_bit_optimizer import EightBitOptimizer
+from lit_scale.callbacks.gradient_noise_scale import GradientNoiseScale
+from lit_scale.callbacks.large_batch import LargeBatch
 from lit_scale.callbacks.masked_token_skip import MaskedTokenSkip
 from lit_scale.callbacks.patch_dropping import PatchDropping
 from lit_scale.callbacks.progressive_stacking import ProgressiveStacking
@@ -8,6 +12,10 @@ from lit_scale.callbacks.sequence_length_warmup import SequenceLengthWarmup
 from lit_scale.callbacks.token_dropping import TokenDropping
 
 __all__ = [
+    "BatchRamp",
+    "EightBitOptimizer",
+    "GradientNoiseScale",
+    "LargeBatch",
     "MaskedTokenSkip",
     "PatchDropping",
     "ProgressiveStacking",

@@ -16,12 +16,11 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.cost import charge
-from lit_scale.optimizers import MomentRule, transfer_state
+from lit_scale.optimizers import MomentRule, scale_rates, transfer_state
 from lit_scale.schedules import check_starts, rewarmup, stage_at
 from lit_scale.technique import Technique, averages, progress
 
@@ -113,8 +112,7 @@ class ProgressiveStacking(Technique):
         self._begins = False  # a new run, not the rest of another
         self._decided_at = -1  # optimizer step at which the stage was last decided
         self._paused: list[nn.Parameter] = []  # parameters kept from DDP while their block is inactive
-        self._hooks: list[Any] = []
-        self._rates: list[tuple[dict[str, Any], Any]] = []  # groups and their learning rates while these are scaled
+        self._ends: list[Callable[[], None]] = []  # of what scales the learning rates
         self._cut: tuple[nn.Module, Any] | None = None  # the block that lets no gradient down, its own forward if any
         self._stack: BlockStack
 
@@ -196,7 +194,7 @@ class ProgressiveStacking(Technique):
         self._share_gradients(trainer, pl_module)
         if self.rewarmup:
             for optimizer in trainer.optimizers:
-                self._rewarm(trainer, optimizer)
+                self._ends.append(scale_rates(optimizer, partial(self._rewarmed, trainer)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Grow, once per optimizer step and never inside an accumulation window, when the next stage has begun."""
@@ -290,23 +288,9 @@ class ProgressiveStacking(Technique):
             parameter.requires_grad_(True)
         self._paused = []
 
-    def _rewarm(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Scale the learning rate around each step, so that no scheduler ever sees the scaled value."""
-
-        def scale(*_: Any) -> None:
-            if self._stage:
-                factor = rewarmup(progress(trainer), self._starts[self._stage], self.rewarmup)
-                self._rates = [(group, group["lr"]) for group in optimizer.param_groups]
-                for group, rate in self._rates:
-                    group["lr"] = rate * factor
-
-        hooks = optimizer.register_step_pre_hook(scale), optimizer.register_step_post_hook(self._restore_rates)
-        self._hooks += hooks
-
-    def _restore_rates(self, *_: Any) -> None:
-        for group, rate in self._rates:
-            group["lr"] = rate
-        self._rates = []
+    def _rewarmed(self, trainer: Trainer) -> float:
+        """Factor on the learning rate."""
+        return rewarmup(progress(trainer), self._starts[self._stage], self.rewarmup) if self._stage else 1.0
 
     def _mend(self) -> None:
         """Give the block that cuts the gradient its own forward back."""
@@ -318,10 +302,9 @@ class ProgressiveStacking(Technique):
             self._cut = None
 
     def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._restore_rates()  # an exception in the middle of a step left them scaled
+        for end in self._ends:
+            end()
+        self._ends = []
         self._resume_parameters()
         self._mend()
 

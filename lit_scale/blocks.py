@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-__all__ = ["BlockList", "BlockStack", "find_blocks"]
+__all__ = ["BlockList", "BlockStack", "block_lists", "find_blocks"]
 
 # Read in torch's "Unexpected key(s)", where a plain network is given the state_dict of a partly active one.
 # Only the first two words are the format; the rest may be worded anew.
@@ -214,6 +214,11 @@ def _candidates(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
             yield below, child
         else:
             yield from _candidates(child, below)
+
+
+def block_lists(model: nn.Module) -> list[nn.Module]:
+    """All lists of repeated blocks in a network, outermost ones only; none, one, or several."""
+    return list({id(part): part for _, part in _candidates(model)}.values())
 
 
 def _describe(candidates: Sequence[tuple[str, nn.Module]]) -> str:

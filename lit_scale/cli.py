@@ -240,6 +240,10 @@ class _LastCheckpoint(ModelCheckpoint):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, filename="last", save_top_k=1, enable_version_counter=False)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fit_loop._should_accumulate():  # no file holds the gradients of an unfinished step
+            super().on_validation_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"), weights_only=False)
@@ -398,7 +402,7 @@ def _with_hint(error: ArgumentError, parser: LightningArgumentParser) -> Argumen
 def _validation_times(trainer: Any) -> tuple[int | float | str, int | None]:
     """``val_check_interval`` and ``check_val_every_n_epoch`` for about ten validations, whatever limits the run."""
     if trainer.max_steps > 0:
-        return max(1, trainer.max_steps * trainer.accumulate_grad_batches // _VALIDATIONS), None
+        return max(1, trainer.max_steps // _VALIDATIONS) * trainer.accumulate_grad_batches, None  # never inside a step
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         epochs = trainer.max_epochs / _VALIDATIONS
         return min(1.0, epochs), max(1, int(epochs))

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_scale.ledger import Key, Ledger
+from lit_scale.optimizers import state_bytes
 from lit_scale.record import hardware, versions, write_json
 from lit_scale.replay import flops_of, is_compiled, replay_step, undone
 from lit_scale.technique import Technique, check_techniques
@@ -93,6 +94,7 @@ class CostMeter(Callback):
         self._spent = {"wall": 0.0, "cpu": 0.0}  # by earlier parts of a resumed run
         self._begun: dict[str, float] = {}
         self._peak = 0
+        self._state = 0  # bytes of optimizer state
         self._batches: dict[str, Any] = {}  # one of each shape, for the replay
         self._replaying = False
         # the step at work
@@ -245,6 +247,7 @@ class CostMeter(Callback):
         """Stop the clocks, price the shapes by replay, write the record."""
         self._spent, self._begun = self._elapsed(), {}
         self._peak = max(self._peak, _peak_memory())
+        self._state = state_bytes(trainer.optimizers)
         if trainer.world_size > 1:
             self.ledger.exchange(trainer)
         elif self.repeats and self._batches and pl_module.automatic_optimization:
@@ -332,6 +335,7 @@ class CostMeter(Callback):
             **self.ledger.record(),
             **{f"{name}_seconds": seconds for name, seconds in self._elapsed().items()},
             "peak_memory_bytes": self._peak,
+            "optimizer_state_bytes": self._state,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),

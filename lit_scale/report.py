@@ -137,13 +137,15 @@ def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, 
 
 def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
     """The runs of a comparison side by side, and how the last differs from the first."""
-    table = Table(title="at equal steps, not equal loss", title_style="bold", **_NARROW)
     first, last = list(records.values())[0], list(records.values())[-1]
+    alike = "steps" if first["steps"] == last["steps"] else "samples"
+    what = f"at equal {alike}, not equal loss" if first[alike] == last[alike] else "neither steps nor loss are equal"
+    table = Table(title=what, title_style="bold", **_NARROW)
     table.add_column("")
     for name in (*records, "change"):
         table.add_column(name, justify="right")
     rows = {"steps": "{:,}".format, "tokens": amount, "flops": amount, "reference_seconds": seconds}
-    rows |= {"wall_seconds": seconds}
+    rows |= {"wall_seconds": seconds, "optimizer_state_bytes": amount}
     if first["hardware"]["gpus"]:  # what a process held on a CPU only grows from run to run
         rows |= {"peak_memory_bytes": amount}
     for name, form in rows.items():

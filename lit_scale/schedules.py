@@ -7,8 +7,11 @@ run is (:func:`lit_scale.technique.progress`).
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Literal
 
-__all__ = ["check_starts", "rewarmup", "stage_at", "warmup_cosine"]
+__all__ = ["RateScaling", "check_starts", "rate_factor", "rewarmup", "stage_at", "warmup_cosine"]
+
+RateScaling = Literal["linear", "sqrt", "none"]
 
 
 def warmup_cosine(progress: float, warmup: float = 0.05) -> float:
@@ -83,3 +86,29 @@ def rewarmup(progress: float, since: float, duration: float) -> float:
     if duration <= 0.0 or progress < since:
         return 1.0
     return min(1.0, (progress - since) / duration)
+
+
+def rate_factor(times: float, scaling: RateScaling = "sqrt") -> float:
+    """Factor on the learning rate of a batch that is so many times as large.
+
+    ``"linear"`` is for SGD with momentum (Goyal et al. 2017, section 2.1), ``"sqrt"`` for optimizers that divide by the
+    size of the gradient (Hoffer et al. 2017; You et al. 2020, for untuned LAMB). Both presume a warm-up, and a batch
+    below the critical one: beyond it no rate makes up for the steps that are missing.
+
+    Args:
+        times: The batch over the one that the rate was tuned for.
+        scaling: The rule.
+
+    Raises:
+        ValueError: The rule is unknown, or ``times`` is not above 0.
+
+    Example:
+        >>> [rate_factor(16, scaling) for scaling in ("linear", "sqrt", "none")]
+        [16.0, 4.0, 1.0]
+    """
+    powers = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
+    if scaling not in powers:
+        raise ValueError(f"scaling={scaling!r}: choose {', '.join(map(repr, powers))}")
+    if not times > 0:
+        raise ValueError(f"a batch cannot be {times} times as large")
+    return float(times ** powers[scaling])

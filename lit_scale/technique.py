@@ -12,6 +12,8 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lit_scale.steps import Windows, batches_after, steps_after
+
 __all__ = ["Factor", "Technique", "averages", "check_techniques", "progress", "progress_after", "snake_case"]
 
 Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
@@ -33,8 +35,9 @@ def snake_case(kind: type) -> str:
 def progress(trainer: Trainer) -> float:
     """How much of the run is done, in [0, 1], whichever limit of the Trainer it is nearest to.
 
-    In steps that is ``global_step / max_steps``; in epochs, optimizer steps over those of all epochs; in seconds,
-    elapsed over allowed time, as rank 0 sees it, so that all ranks agree.
+    In steps that is ``global_step / max_steps``; in epochs, optimizer steps over those of all epochs, or batches over
+    those of all epochs where the batches of a step change over the run; in seconds, elapsed over allowed time, as rank
+    0 sees it, so that all ranks agree. It stays the same between two optimizer steps, but for the seconds.
 
     Args:
         trainer: A Trainer with ``max_steps``, ``max_epochs`` or ``max_time``. Before its loaders exist the epochs
@@ -53,6 +56,8 @@ def progress_after(trainer: Trainer, batches: int) -> float:
         trainer: A Trainer whose loaders exist.
         batches: Of one rank, over all epochs.
     """
+    if windows := _windows(trainer):
+        return _fraction(trainer, steps_after(windows, batches))
     window, each = trainer.accumulate_grad_batches, trainer.num_training_batches
     if each == float("inf"):
         return _fraction(trainer, batches // window)
@@ -68,6 +73,8 @@ def _fraction(trainer: Trainer, step: int) -> float:
         batches = trainer.num_training_batches
         if batches == float("inf"):  # a stream without a length: only whole epochs can be told
             done.append(trainer.current_epoch / trainer.max_epochs)
+        elif batches and (windows := _windows(trainer)):
+            done.append(batches_after(windows, step) / (int(batches) * trainer.max_epochs))
         elif batches:
             steps = -(-int(batches) // trainer.accumulate_grad_batches)
             done.append(step / (steps * trainer.max_epochs))
@@ -77,6 +84,12 @@ def _fraction(trainer: Trainer, step: int) -> float:
             fraction = spent / max(spent + left, 1e-9)
             done.append(trainer.strategy.broadcast(fraction) if trainer.world_size > 1 else fraction)
     return min(1.0, max(done))
+
+
+def _windows(trainer: Trainer) -> Windows:
+    """How the batches of an optimizer step change over the run; empty where they do not."""
+    techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]  # type: ignore[attr-defined]
+    return next((technique.windows for technique in techniques if technique.windows), ())
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:
@@ -98,6 +111,8 @@ class Technique(Callback):
     factor: ClassVar[Factor]
     #: Names of techniques on the same factor that this one can share it with.
     shares_with: ClassVar[frozenset[str]] = frozenset()
+    #: Where the micro-batches of an optimizer step change over the run; see :mod:`lit_scale.steps`.
+    windows: Windows = ()
     #: Strategies it is tested with, and what to write instead of others.
     strategies: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy, DDPStrategy)
 

@@ -523,7 +523,7 @@ def test_a_comparison_prices_equal_steps_alike(run):
         part["reference_seconds"] *= 100
     again = priced_alike(slow, records["progressive_stacking"])
     assert again["reference_seconds"] == pytest.approx(records["baseline"]["reference_seconds"])
-    assert comparison_table(records).row_count == 8
+    assert comparison_table(records).row_count == 9
 
 
 # -- as a process -----------------------------------------------------------------------------------------------------

@@ -639,8 +639,8 @@ def test_the_record_says_what_was_run_and_on_what(tmp_path):
     stacking = ProgressiveStacking([(0.0, 1), (0.5, 4)])
     record = fit(tmp_path, Bert(), texts(), stacking, meter, max_steps=4, val=texts(4), **every(2))
     names = """recipe technique baseline seed steps samples tokens flops reference_seconds wall_seconds cpu_seconds
-        peak_memory_bytes parameters metrics curve stages shapes charges validation versions hardware precision
-        hparams world_size command"""
+        peak_memory_bytes optimizer_state_bytes parameters metrics curve stages shapes charges validation versions
+        hardware precision hparams world_size command"""
     assert set(names.split()) <= set(record)
     assert (record["recipe"], record["technique"], record["baseline"]) == ("tiny", "progressive_stacking", False)
     assert set(record["metrics"]) == {"val/loss", "val/accuracy", "val/perplexity"}

@@ -1,6 +1,7 @@
 import copy
 import io
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -9,7 +10,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_scale.optimizers import create_optimizer, transfer_state
+from lit_scale.eight_bit import EIGHT_BIT
+from lit_scale.optimizers import create_optimizer, replace_optimizers, scale_rates, transfer_state
 from tests.foreign_models import FOREIGN, OPTIMIZERS, MakeOptimizer, PlainTorch, build, loader
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -245,5 +247,103 @@ def test_names_are_timms_and_an_unknown_one_lists_them() -> None:
     module = nn.Linear(2, 2)
     assert type(create_optimizer(module, "lamb", lr=1e-3)).__name__ == "Lamb"
     assert create_optimizer(module, "adamw", lr=1e-3, betas=(0.9, 0.98)).defaults["betas"] == (0.9, 0.98)
-    with pytest.raises(ValueError, match="optimizer='adamx' is unknown; timm has .*adamw, .*lamb, "):
-        create_optimizer(module, "adamx", lr=1e-3)
+    listing = (
+        "optimizer='adamx' is unknown; choose one of .*adamw, adamw8bit, .*lamb, lamb8bit, .*lars, .*muon, .*sgd8bit"
+    )
+    for unknown in ("adamx", "ADAMW", "lars8bit"):
+        with pytest.raises(ValueError, match=listing.replace("adamx", unknown)):
+            create_optimizer(module, unknown, lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "lion", "sgd", "muon", *EIGHT_BIT])
+def test_every_name_decays_matrices_only_and_learns(name: str) -> None:
+    module = build("bert", dropout=0.0)
+    rate = {"sgd": 0.1, "sgd8bit": 0.1, "lars": 5.0, "lamb": 0.02, "lamb8bit": 0.02}.get(name, 1e-3)
+    optimizer = create_optimizer(module, name, lr=rate, weight_decay=0.01)
+    named = {id(p): key for key, p in module.named_parameters()}
+    grouped = [(p, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p, _ in grouped} == set(named)
+    for parameter, decay in grouped:
+        assert decay == (0.01 if parameter.ndim > 1 else 0.0), named[id(parameter)]
+    batch = next(iter(loader("bert", size=32, batch_size=32)))
+    losses = []
+    for _ in range(30):
+        step(module, optimizer, batch)
+        losses.append(module.per_sample_loss(batch).mean().item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_sgd_is_nesterovs() -> None:
+    (group,) = create_optimizer(nn.Linear(2, 2, bias=False), "sgd", lr=0.1).param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+
+
+@pytest.mark.parametrize("kind", ["bert", *FOREIGN])
+def test_muon_makes_orthogonal_what_is_inside_the_blocks(kind: str) -> None:
+    module = build(kind, dropout=0.0)
+    optimizer = create_optimizer(module, "muon", lr=1e-3)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    path = getattr(module, "blocks", "encoder.blocks")
+    for name, parameter in module.named_parameters():
+        hidden = name.startswith(f"{path}.") and parameter.ndim > 1
+        assert ("momentum_buffer" in optimizer.state[parameter]) == hidden, name
+        assert ("exp_avg_sq" in optimizer.state[parameter]) != hidden, name
+
+
+# ---- in a run
+
+
+def test_another_optimizer_goes_on_with_the_run_s_schedule(recwarn: pytest.WarningsRecorder) -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    plain = torch.optim.SGD([weight], lr=1.0)
+    parts = [torch.optim.lr_scheduler.LinearLR(plain, 0.5, total_iters=2), torch.optim.lr_scheduler.StepLR(plain, 1)]
+    schedule = torch.optim.lr_scheduler.SequentialLR(plain, parts, milestones=[2])
+    strategy = SimpleNamespace(optimizers=[plain])
+    trainer: Any = SimpleNamespace(
+        optimizers=[plain], strategy=strategy, lr_scheduler_configs=[SimpleNamespace(scheduler=schedule)]
+    )
+    replace_optimizers(trainer, lambda old: torch.optim.SGD(old.param_groups, lr=0.0))
+    (new,) = strategy.optimizers
+    assert new is not plain
+    rates = []
+    for _ in range(4):
+        weight.grad = torch.ones(3)
+        new.step()
+        rates.append(new.param_groups[0]["lr"])
+        schedule.step()
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1.0)
+    parts = [
+        torch.optim.lr_scheduler.LinearLR(reference, 0.5, total_iters=2),
+        torch.optim.lr_scheduler.StepLR(reference, 1),
+    ]
+    expected = torch.optim.lr_scheduler.SequentialLR(reference, parts, milestones=[2])
+    wanted = []
+    for _ in range(4):
+        wanted.append(reference.param_groups[0]["lr"])
+        reference.step()
+        expected.step()
+    assert rates == wanted
+    assert weight.tolist() == [pytest.approx(-sum(wanted))] * 3
+    assert not [w for w in recwarn if "optimizer.step" in str(w.message)]
+
+
+def test_rates_are_scaled_in_a_step_and_nowhere_else() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    ends = [scale_rates(optimizer, lambda: 4.0), scale_rates(optimizer, lambda: 3.0)]
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert (weight.item(), optimizer.param_groups[0]["lr"]) == (-6.0, 0.5)
+
+    def fails() -> None:
+        raise RuntimeError("in the middle of a step")
+
+    with pytest.raises(RuntimeError):
+        optimizer.step(fails)
+    for end in ends[::-1]:
+        end()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.step()
+    assert weight.item() == -6.5

@@ -16,6 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import lit_scale.callbacks
 import lit_scale.cost
 from lit_scale.callbacks import (
+    BatchRamp,
+    EightBitOptimizer,
+    LargeBatch,
     MaskedTokenSkip,
     PatchDropping,
     ProgressiveStacking,
@@ -35,6 +38,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 STEPS = 6
 GROWTH = [(0.0, 0.5), (0.5, 1.0)]
 MAKE: dict[type[Technique], Callable[[], Technique]] = {
+    BatchRamp: lambda: BatchRamp([(0.0, 4), (0.5, 8)]),
+    EightBitOptimizer: EightBitOptimizer,
+    LargeBatch: lambda: LargeBatch(2, lr=0.02),
     MaskedTokenSkip: MaskedTokenSkip,
     PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
@@ -45,12 +51,16 @@ MAKE: dict[type[Technique], Callable[[], Technique]] = {
 
 
 def test_every_technique_is_here() -> None:
-    assert {kind.__name__ for kind in MAKE} == set(lit_scale.callbacks.__all__)
+    offered = {
+        name for name in lit_scale.callbacks.__all__ if issubclass(getattr(lit_scale.callbacks, name), Technique)
+    }
+    assert {kind.__name__ for kind in MAKE} == offered
 
 
 def same_factor() -> list[Any]:
-    pairs = itertools.combinations(MAKE, 2)
-    return [pytest.param(a, b, id=f"{a.__name__}-{b.__name__}") for a, b in pairs if a.factor == b.factor]
+    pairs = [pair for pair in itertools.combinations(MAKE, 2) if pair[0].factor == pair[1].factor]
+    pairs = [(a, b) for a, b in pairs if a.__name__ not in b.shares_with]
+    return [pytest.param(a, b, id=f"{a.__name__}-{b.__name__}") for a, b in pairs]
 
 
 @pytest.mark.parametrize(("one", "other"), same_factor())
@@ -65,6 +75,11 @@ def test_two_on_one_factor_are_refused(one: type[Technique], other: type[Techniq
 # ---- different factors
 
 
+def wide(seed: int) -> Any:
+    """A network whose matrices are large enough for 8-bit state."""
+    return build("bert", seed=seed, width=64)
+
+
 def viewer(seed: int) -> Any:
     torch.manual_seed(seed)
     return Timm()
@@ -72,6 +87,9 @@ def viewer(seed: int) -> Any:
 
 #: A module, its data, and what ProgressiveStacking has to be told, for each technique that it goes along with.
 WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], Any], dict[str, Any]]] = {
+    BatchRamp: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
+    EightBitOptimizer: (wide, lambda: loader("bert"), {}),
+    LargeBatch: (lambda seed: build("torch_encoder", seed=seed), lambda: loader("torch_encoder"), {}),
     MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
     PatchDropping: (viewer, pictures, {}),
     ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
@@ -99,11 +117,42 @@ def test_it_goes_along_with_progressive_stacking(kind: type[Technique], order: i
         trainer.fit(module, data(), ckpt_path=resume)
         assert trainer.global_step == STEPS
         states = trainer.optimizers[0].state_dict()["state"].values()
-        return [*module.state_dict().values(), *(torch.as_tensor(value) for s in states for value in s.values())]
+        return [*module.state_dict().values(), *leaves(list(states))]
 
     whole = fit(0)
     for stop in (2, 4):  # before and after the growth
         assert all(map(torch.equal, whole, fit(1, tmp_path / "saved" / f"step={stop}.ckpt"))), stop
+
+
+@pytest.mark.parametrize(
+    "others", [[SequenceLengthWarmup], [EightBitOptimizer], [LargeBatch, EightBitOptimizer]], ids=str
+)
+def test_a_ramp_goes_along_with_the_others(others: list[type[Technique]], tmp_path: Path) -> None:
+    """They see the progress of a run whose steps change, and the ramp that of a run whose batch is multiplied."""
+
+    def fit(seed: int, resume: Path | None = None) -> list[torch.Tensor]:
+        module = build("bert", seed=seed, width=64)
+        ramp = BatchRamp([(0.0, 4), (0.3, 8)])
+        saver = [] if resume else [save_every_step(tmp_path / "saved")]
+        callbacks = [StepSeed(), *(MAKE[kind]() for kind in others), ramp, *saver]
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=callbacks, enable_checkpointing=not resume)
+        data = loader("hf_gpt2") if SequenceLengthWarmup in others else loader("bert")
+        if SequenceLengthWarmup in others:
+            module = build("hf_gpt2", seed=seed)
+        trainer.fit(module, data, ckpt_path=resume)
+        assert ramp.windows == [(0, 1), (6, 2)]  # due after 4.8 of 16 batches, begun where two of them make a step
+        assert trainer.global_step == 11
+        assert trainer.accumulate_grad_batches == 1
+        states = trainer.optimizers[0].state_dict()["state"].values()
+        return [*module.state_dict().values(), *leaves(list(states))]
+
+    whole = fit(0)
+    for stop in (3, 6, 8):
+        assert all(map(torch.equal, whole, fit(1, tmp_path / "saved" / f"step={stop}.ckpt"))), stop
+
+
+def leaves(states: list[Any]) -> list[torch.Tensor]:
+    return [torch.as_tensor(leaf) for leaf in torch.utils._pytree.tree_leaves(states)]
 
 
 # ---- the clock
@@ -137,15 +186,17 @@ def test_the_clock_times_the_steps_that_were_made(
     assert {key for key, _ in steps} == ledger.calibrated.keys() >= set(ledger.counts)
     for key, flops in steps:
         assert flops == ledger.flops[key], dict(key)
-    assert len({flops for _, flops in steps}) >= 2
+    same = {BatchRamp, EightBitOptimizer, LargeBatch}  # a batch costs what it did
+    assert len({flops for _, flops in steps}) >= (1 if kind in same else 2)
 
     # and with them the step of a run without it, whether or not it made one
     without = CostMeter(repeats=0)
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[StepSeed(), without])
     trainer.fit(make(0), data())
     plain = [key for key in ledger.calibrated if dict(key)["plain"]]
-    assert {ledger.flops[key] for key in plain} == set(without.ledger.flops.values())
-    made_none = not set(plain) & set(ledger.counts)
+    assert bool(plain) == (kind not in {EightBitOptimizer, LargeBatch})  # whose runs have another optimizer
+    assert {ledger.flops[key] for key in plain} <= set(without.ledger.flops.values())
+    made_none = bool(plain) and not set(plain) & set(ledger.counts)
     assert made_none == (kind is MaskedTokenSkip)
     shapes = [shape for shape in meter.record(trainer, trainer.lightning_module)["shapes"] if shape["plain"]]
-    assert made_none == all(shape["count"] == 0 for shape in shapes)
+    assert made_none == (bool(shapes) and all(shape["count"] == 0 for shape in shapes))

@@ -52,7 +52,7 @@ class Scheduled(LightningModule):
         """The named optimizer with decay groups; warm-up and cosine decay to zero over the run's own length."""
         own = self.hparams
         options: dict[str, Any] = {}
-        if "adam" in own["optimizer"] or own["optimizer"] == "lamb":
+        if "adam" in own["optimizer"] or own["optimizer"] in {"lamb", "lamb8bit", "muon"}:
             options["betas"] = (0.9, own["beta2"])
         if own["optimizer"] in {"adam", "adamw"}:  # Lightning clips no fused optimizer under mixed precision
             mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)

@@ -1,0 +1,222 @@
+"""What a batch 16 times as large costs in loss at equal samples: LAMB, AdamW scaled the same way, and the small batch.
+
+    python benchmarks/large_batch.py --preset cpu
+
+Every run is `recipes/bert_lamb_large_batch.py` in a process of its own, in mixed order. Rates are tuned for each side,
+with the same factor between two of them and on beyond the ends of the grid until the best is at neither; a rate of LAMB
+is a relative change, so its grid lies elsewhere. An interrupted sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from savings import ROOT, TUNING_SEED, Preset, Run, Sweep, command
+
+RECIPE = "bert_lamb_large_batch"
+CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null"]
+SIDES = {  # flags, and where the grid of rates begins
+    "small batch": (["--baseline"], 1.0),
+    "AdamW": (["--large_batch.optimizer=own"], 2.0),  # between no scaling and the square root of 16
+    "LAMB": (["--large_batch.optimizer=lamb"], 20.0),
+}
+
+
+@dataclass(frozen=True)
+class LargePreset(Preset):
+    """The runs of this sweep; ``baseline_steps`` holds their one length, in batches.
+
+    Attributes:
+        times: How many times the batch is as large.
+    """
+
+    times: int = 16
+    choices: dict[str, tuple[int, list[str]]] = field(
+        default_factory=lambda: {k: (0, v) for k, (v, _) in SIDES.items()}
+    )
+
+
+PRESETS = {
+    "cpu": LargePreset(
+        flags=[*CPU, "--data.batch_size=4", "--model.depth=4", "--data.max_val_sequences=512"],
+        lrs=[5e-4, 1e-3, 2e-3],
+        tune_steps=[],
+        baseline_steps=[2_560],
+        technique_steps=[],
+        jobs=max(1, os.cpu_count() or 1),
+        threads=1,
+    ),
+    "gpu": LargePreset(
+        flags=[
+            "--trainer.accelerator=gpu",
+            "--trainer.devices=1",
+            "--trainer.precision=bf16-mixed",
+            "--trainer.callbacks=null",
+            "--model.width=512",
+            "--model.num_heads=8",
+            "--model.init_std=0.024",
+            "--data.tokenizer=bpe",
+            "--data.sequence_length=256",
+            "--data.batch_size=32",
+            "--data.num_workers=4",
+        ],
+        lrs=[5e-4, 1e-3, 2e-3],
+        tune_steps=[],
+        baseline_steps=[16_000],
+        technique_steps=[],
+    ),
+}
+
+
+@dataclass
+class LargeSweep(Sweep):
+    """Runs that are limited by data, each side with its own flag for the rate."""
+
+    preset: LargePreset
+
+    def flags(self, run: Run) -> list[str]:
+        rate = [f"--model.lr={run.lr}"]
+        if run.variant != "small batch":
+            rate = [f"--large_batch.lr={run.lr}", f"--large_batch.times={self.preset.times}"]
+        return [
+            *self.preset.flags,
+            *self.preset.choices[run.variant][1],
+            *rate,
+            "--trainer.max_epochs=1",
+            f"--trainer.limit_train_batches={run.steps}",
+            f"--seed_everything={run.seed}",
+            "--trainer.enable_progress_bar=false",
+            f"--trainer.val_check_interval={max(1, run.steps // 2)}",
+            "--trainer.check_val_every_n_epoch=null",
+        ]
+
+
+def tune(sweep: LargeSweep, batches: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The best rate of each side, and what was tried; the sides' runs go on together."""
+    step = sweep.preset.lrs[1] / sweep.preset.lrs[0]
+    tried: dict[tuple[str, float], float] = {}
+    wanted = [(side, rounded(lr * start)) for side, (_, start) in SIDES.items() for lr in sweep.preset.lrs]
+    while wanted:
+        runs = [Run(False, batches, lr, TUNING_SEED, side) for side, lr in wanted]
+        for run, record in sweep.make_all(runs, "tuning the rates").items():
+            tried[run.variant, run.lr] = record["metrics"][sweep.preset.metric]
+        wanted = []
+        for side in SIDES:
+            rates = sorted(lr for other, lr in tried if other == side)
+            best = min(rates, key=lambda lr: tried[side, lr])
+            if len(rates) > 1 and best in (rates[0], rates[-1]):
+                wanted.append((side, rounded(best / step if best == rates[0] else best * step)))
+    best_rates = {side: min((loss, lr) for (other, lr), loss in tried.items() if other == side)[1] for side in SIDES}
+    return best_rates, [{"side": side, "lr": lr, "loss": loss} for (side, lr), loss in sorted(tried.items())]
+
+
+def rounded(rate: float) -> float:
+    return float(f"{rate:.2g}")
+
+
+def compare(losses: dict[str, list[float]], draws: int = 10_000) -> dict[str, dict[str, float]]:
+    """How far each side's mean loss is above the small batch's, relative, with a bootstrap interval over seeds."""
+    random, small = np.random.default_rng(0), np.array(losses["small batch"])
+    found = {}
+    for side in SIDES:
+        own = np.array(losses[side])
+        means = [random.choice(some, (draws, len(some))).mean(1) for some in (own, small)]
+        low, high = np.percentile(means[0] / means[1] - 1, [2.5, 97.5])
+        found[side] = {"estimate": float(own.mean() / small.mean() - 1), "low": float(low), "high": float(high)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every side (3)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "large_batch", help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    args = parser.parse_args()
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--seeds and --jobs must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run_sweep(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Tune, train, store, and bring the card up to date."""
+    import tables
+    import torch
+
+    from lit_scale.cost import write_json
+
+    if args.preset == "gpu" and not torch.cuda.is_available():
+        raise SystemExit("--preset gpu needs a CUDA device, and there is none; use --preset cpu")
+    preset, console, started = PRESETS[args.preset], Console(), time.perf_counter()
+    sweep = LargeSweep(RECIPE, args.preset, preset, args.runs / args.preset, console, args.jobs or preset.jobs)
+    (batches,) = preset.baseline_steps
+    rates, tried = tune(sweep, batches)
+    seeds = list(range(1, args.seeds + 1))
+    runs = [Run(False, batches, rates[side], seed, side) for side in SIDES for seed in seeds]
+    records = sweep.make_all(runs, "all sides")
+    points = [
+        {
+            "side": run.variant,
+            "lr": run.lr,
+            "seed": run.seed,
+            "loss": record["metrics"][preset.metric],
+            **{name: record.get(name) for name in ("steps", "samples", "flops", "wall_seconds", *tables.REFERENCES)},
+        }
+        for run, record in sorted(records.items(), key=lambda item: item[0].name)
+    ]
+    losses = {side: [p["loss"] for p in points if p["side"] == side] for side in SIDES}
+    first = next(iter(records.values()))
+    result = {
+        "benchmark": "large_batch",
+        "recipe": RECIPE,
+        "preset": args.preset,
+        "date": date.today().isoformat(),
+        "command": command("large_batch", sys.argv[1:]),
+        "seeds": seeds,
+        "times": preset.times,
+        "metric": preset.metric,
+        "above_small": compare(losses),
+        "tuning": tried,
+        "points": points,
+        "flags": preset.flags,
+        "parameters": first["parameters"],
+        "hparams": first["hparams"],
+        "hardware": first["hardware"],
+        "versions": first["versions"],
+        "jobs": sweep.jobs,
+        "sweep_seconds": time.perf_counter() - started,
+    }
+    path = args.out / f"large_batch.{args.preset}.json"
+    write_json(path, result)
+    tables.update_readme(args.out)
+    table = Table(title=f"{RECIPE}, preset {args.preset}: means over {len(seeds)} seeds, at equal samples")
+    for name in ("side", "rate", "steps", "loss", "above the small batch"):
+        table.add_column(name)
+    for side, above in result["above_small"].items():
+        own = [p for p in points if p["side"] == side]
+        interval = f"{above['estimate']:+.1%} ({above['low']:+.1%} to {above['high']:+.1%})"
+        loss = statistics.mean(losses[side])
+        table.add_row(side, f"{own[0]['lr']:g}", f"{own[0]['steps']:,}", f"{loss:.3f}", interval)
+    console.print(table)
+    console.print(f"written: {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What 8-bit optimizer state saves and costs: bytes of state, peak memory, time of a step, and loss.
+
+    python benchmarks/memory.py --preset cpu
+    python benchmarks/memory.py --preset gpu
+
+State, memory and time are those of a training step of ``GPT``, of every 8-bit optimizer beside its own 32-bit form: the
+one a user would otherwise take, and so torch's fused AdamW for AdamW. Peak memory is that of a process of its own, less
+what it held before the model was built. Steps are timed interleaved in rotating order, and compared by the median of
+paired ratios; on one thread of a CPU by processor time, else by wall time. Loss parity is that of
+``recipes/gpt_8bit_adamw.py`` with and without the technique, over several seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tables
+import torch
+from rich.console import Console
+from rich.table import Table
+from savings import ROOT, Preset, Run, Sweep
+from throughput import Clock, interval, ratio
+
+from lit_scale.cost import hardware, versions, write_json
+from lit_scale.models import GPT
+from lit_scale.optimizers import create_optimizer, state_bytes
+
+RESULTS = Path(__file__).parent / "results"
+RECIPE = "gpt_8bit_adamw"
+PAIRS = {"adamw": "adamw8bit", "lion": "lion8bit", "lamb": "lamb8bit", "momentum": "sgd8bit"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch."""
+
+    depth: int
+    width: int
+    length: int
+    batch: int
+    vocab_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.depth} x {self.width}, {self.batch} x {self.length} tokens, vocabulary {self.vocab_size:,}"
+
+
+SIZES = {
+    "cpu": [Size(6, 256, 128, 8, 258), Size(4, 512, 128, 4, 258)],
+    "gpu": [Size(12, 768, 512, 8, 32_768), Size(24, 1024, 512, 8, 32_768)],
+}
+PARITY = {
+    "cpu": Preset(
+        flags=["--trainer.accelerator=cpu", "--trainer.devices=1", "--data.sequence_length=128", "--data.batch_size=8"],
+        lrs=[1e-3],
+        tune_steps=[],
+        baseline_steps=[300],
+        technique_steps=[300],
+        jobs=max(1, os.cpu_count() or 1),
+        threads=1,
+    ),
+    "gpu": Preset(
+        flags=[
+            "--trainer.accelerator=gpu",
+            "--trainer.devices=1",
+            "--trainer.precision=bf16-mixed",
+            "--model.depth=12",
+            "--model.width=768",
+            "--model.num_heads=12",
+            "--data.tokenizer=bpe",
+            "--data.batch_size=16",
+            "--data.num_workers=4",
+        ],
+        lrs=[6e-4],
+        tune_steps=[],
+        baseline_steps=[2_000],
+        technique_steps=[2_000],
+    ),
+}
+
+
+def contestant(size: Size, name: str, device: torch.device) -> tuple[Callable[[], None], Any, Callable[[], None]]:
+    """A training step, its optimizer, and the optimizer's part of the step alone."""
+    torch.manual_seed(0)
+    model = GPT(size.vocab_size, size.length, depth=size.depth, width=size.width, num_heads=size.width // 64).to(device)
+    optimizer = create_optimizer(model, name, lr=1e-4, weight_decay=0.1)
+    ids = torch.randint(size.vocab_size, (size.batch, size.length), device=device)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model.per_sample_loss({"input_ids": ids}).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step, optimizer, lambda: optimizer.step()
+
+
+def peak(size: Size, name: str, device: torch.device) -> int:
+    """Bytes that three steps took at most, in this process, beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    unit = 1 if sys.platform == "darwin" else 1024
+    create_optimizer(torch.nn.Linear(64, 64).to(device), name, lr=0.0)  # libraries are no state
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    step, _, _ = contestant(size, name, device)
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+
+
+def peak_alone(preset: str, index: int, name: str) -> int:
+    """The same in a process of its own."""
+    script = [sys.executable, __file__, "--preset", preset, "--peak", str(index), name]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(script)} failed:\n{done.stderr[-2_000:]}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(
+    preset: str, index: int, repeats: int, seconds: float, clock: Clock, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """All optimizers at one size."""
+    size = SIZES[preset][index]
+    rows = []
+    for plain, small in PAIRS.items():
+        report(f"{size.name}: {small}")
+        pair = {name: contestant(size, name, clock.device) for name in (plain, small)}
+        for step, _, _ in pair.values():
+            clock.seconds(step, 3)  # allocation, kernels, optimizer state
+        times: dict[str, dict[str, list[float]]] = {}
+        for part in ("step", "update"):
+            calls = {name: one[0] if part == "step" else one[2] for name, one in pair.items()}
+            counts = {name: max(1, round(seconds / clock.seconds(call, 2))) for name, call in calls.items()}
+            times[part] = {name: [] for name in calls}
+            for repeat in range(repeats):
+                order = list(calls) if repeat % 2 else list(calls)[::-1]
+                for name in order:
+                    times[part][name].append(clock.seconds(calls[name], counts[name]))
+        state = {name: state_bytes([one[1]]) for name, one in pair.items()}
+        del pair
+        peaks = {name: peak_alone(preset, index, name) for name in (plain, small)}
+        rows.append(
+            {
+                "optimizer": small,
+                "against": plain,
+                "state_bytes": state[small],
+                "state_bytes_32": state[plain],
+                "state_ratio": state[small] / state[plain],
+                "peak_bytes": peaks[small],
+                "peak_bytes_32": peaks[plain],
+                "step_ratio": ratio(times["step"][small], times["step"][plain]),
+                "update_ratio": ratio(times["update"][small], times["update"][plain]),
+                "seconds": times,
+            }
+        )
+    return {"name": size.name, **asdict(size), "optimizers": rows}
+
+
+def parity(preset: str, seeds: int, runs: Path, console: Console, jobs: int | None) -> dict[str, Any]:
+    """Loss with 8-bit and with 32-bit AdamW, over seeds; their difference and what differs from seed to seed."""
+    plan = PARITY[preset]
+    sweep = Sweep(RECIPE, preset, plan, runs / f"{RECIPE}.{preset}", console, jobs or plan.jobs)
+    wanted = [
+        Run(baseline, plan.baseline_steps[0], plan.lrs[0], seed)
+        for baseline in (True, False)
+        for seed in range(1, seeds + 1)
+    ]
+    records = sweep.make_all(wanted, "loss parity")
+    losses = {
+        side: [records[run]["metrics"][plan.metric] for run in wanted if run.baseline == (side == "32-bit")]
+        for side in ("32-bit", "8-bit")
+    }
+    gaps = np.array(losses["8-bit"]) - np.array(losses["32-bit"])  # of the same seed: the same weights, the same data
+    draws = np.random.default_rng(0).choice(gaps, (10_000, len(gaps))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    first = records[wanted[0]]
+    return {
+        "recipe": RECIPE,
+        "steps": plan.baseline_steps[0],
+        "lr": plan.lrs[0],
+        "flags": plan.flags,
+        "losses": losses,
+        "difference": {"estimate": float(gaps.mean()), "low": float(low), "high": float(high)},
+        "spread_over_seeds": statistics.stdev(losses["32-bit"]) if seeds > 1 else None,
+        "state_ratio": records[wanted[-1]]["optimizer_state_bytes"] / first["optimizer_state_bytes"],
+        "unigram_entropy": first.get("unigram_entropy"),
+        "parameters": first["parameters"],
+    }
+
+
+def table(size: dict[str, Any]) -> Table:
+    """One size as a table."""
+    shown = Table(title=size["name"])
+    for column in ("", "state / 32-bit", "peak / 32-bit", "step / 32-bit", "update / 32-bit"):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in size["optimizers"]:
+        state = f"{row['state_bytes'] / 2**20:.1f} MiB, {row['state_ratio']:.3f}"
+        peaks = f"{row['peak_bytes'] / 2**20:.0f} MiB, {row['peak_bytes'] / max(1, row['peak_bytes_32']):.2f}"
+        shown.add_row(row["optimizer"], state, peaks, interval(row["step_ratio"]), interval(row["update_ratio"]))
+    return shown
+
+
+def main(args: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=SIZES, default="cpu")
+    parser.add_argument("--repeats", type=int, default=51, help="interleaved repetitions (default: 51)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each side in a repetition (default: 0.1)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each side for the loss; 0 leaves it out (3)")
+    parser.add_argument("--jobs", type=int, help="runs at a time for the loss (the preset's)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "memory", help="where the runs are kept")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/memory.<preset>.json")
+    parser.add_argument("--peak", nargs=2, metavar=("SIZE", "OPTIMIZER"), help=argparse.SUPPRESS)
+    options = parser.parse_args(args)
+    if options.repeats < 1 or options.threads < 1 or options.seeds < 0:
+        parser.error("--repeats and --threads must be at least 1, --seeds at least 0")
+    if options.preset == "gpu" and not torch.cuda.is_available():
+        parser.error("--preset gpu: torch sees no CUDA device; use --preset cpu")
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if options.preset == "gpu" else "cpu")
+    if options.peak:
+        index, name = options.peak
+        print(json.dumps(peak(SIZES[options.preset][int(index)], name, device)))
+        return {}
+    console, clock = Console(), Clock(device)
+    with console.status("") as status:
+        sizes = [
+            measure(options.preset, index, options.repeats, options.seconds, clock, status.update)
+            for index in range(len(SIZES[options.preset]))
+        ]
+    same = parity(options.preset, options.seeds, options.runs, console, options.jobs) if options.seeds else None
+    record = {
+        "benchmark": "memory",
+        "preset": options.preset,
+        "command": shlex.join(["python", "benchmarks/memory.py", *(sys.argv[1:] if args is None else args)]),
+        "date": date.today().isoformat(),
+        "repeats": options.repeats,
+        "clock": clock.name,
+        "sizes": sizes,
+        "parity": same,
+        "versions": versions() | {"bitsandbytes": version("bitsandbytes")},
+        "hardware": hardware(),
+    }
+    path = options.output or RESULTS / f"memory.{options.preset}.json"
+    write_json(path, record)
+    if options.output is None:
+        tables.update_readme(RESULTS)
+    for size in sizes:
+        console.print(table(size))
+    if same is not None:
+        gap = same["difference"]
+        console.print(
+            f"loss with 8-bit less that with 32-bit state: {interval(gap)}; {same['losses']}", highlight=False
+        )
+    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Batch ramp (Smith et al., ICLR 2018; McCandlish et al. 2018): small batches first, large ones later.
+
+    accumulate B(progress) / b micro-batches of b samples, B ascending by stages of the run
+
+The batch beyond which a larger one saves few steps grows while the loss falls. A ramp follows it: early steps take no
+more samples than help, late ones are as large as the devices can share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
+
+from lit_scale.optimizers import scale_rates
+from lit_scale.schedules import RateScaling, check_starts, rate_factor, stage_at
+from lit_scale.steps import (
+    Windows,
+    accumulate,
+    check_epoch,
+    micro_batches,
+    plan_windows,
+    restore_accumulation,
+)
+from lit_scale.technique import Technique, progress
+
+__all__ = ["BatchRamp"]
+
+
+class BatchRamp(Technique):
+    """Raises the batch by stages of the run, by accumulating more micro-batches.
+
+    A stage's start is a fraction of the run as every technique and schedule sees it: of the optimizer steps where
+    ``max_steps`` limits the run, of the data where ``max_epochs`` does (``limit_train_batches`` cuts an epoch to any
+    number), of the time under ``max_time``. With ``max_steps`` a ramp saves samples, with ``max_epochs`` steps. A stage
+    begins with the first optimizer step from there on at which the batches of the epoch are a multiple of its own.
+
+    Args:
+        stages: (start, batch) pairs; starts ascend from 0 and stay below 1; batches ascend, each a multiple of the one
+            before, in samples of all ranks (int), or as a fraction of the batch that the Trainer accumulates (float).
+        scaling: How the learning rate of a stage relates to that of the last one: ``"sqrt"``, ``"linear"``, or
+            ``"none"`` as in Smith et al., where a larger batch stands for a smaller rate.
+
+    Raises:
+        ValueError: At construction or before the first step, if the stages do not ascend or divide.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> ramp = BatchRamp([(0.0, 0.125), (0.1, 0.25), (0.3, 0.5), (0.6, 1.0)])
+        >>> trainer = Trainer(accumulate_grad_batches=16, callbacks=[ramp], accelerator="cpu", logger=False)
+    """
+
+    factor = "steps"
+    shares_with = frozenset({"LargeBatch"})
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[float, int | float]] = ((0.0, 0.125), (0.1, 0.25), (0.3, 0.5), (0.6, 1.0)),
+        *,
+        scaling: RateScaling = "none",
+    ) -> None:
+        rate_factor(1, scaling)
+        self.stages = check_starts(stages, "batch")
+        self.scaling = scaling
+        self._starts = [start for start, _ in self.stages]
+        self._sizes: list[int] = []  # in micro-batches of a rank
+        self._own = 0  # those that the Trainer accumulates without the ramp
+        self._window = 0  # the one now
+        self._ends: list[Any] = []
+        self.windows: Windows = []
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as plain values for the checkpoint."""
+        return {"stages": [list(stage) for stage in self.stages], "scaling": self.scaling}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where stages began, which follows from the settings unless time limits the run."""
+        return {"windows": [list(window) for window in self.windows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep to them."""
+        self.windows = [(first, size) for first, size in state_dict["windows"]]
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another hand on the accumulation."""
+        super().setup(trainer, pl_module, stage)
+        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("BatchRamp and GradientAccumulationScheduler both set the accumulation; use one of them")
+        self.windows, self._sizes = [], []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle when each stage begins, as far as that can be known."""
+        self._own = trainer.accumulate_grad_batches
+        self._sizes = self._resolve(trainer)
+        if _by_the_clock(trainer):
+            self.windows = self.windows or [(0, self._sizes[0])]
+            check_epoch(trainer, [(0, self._sizes[-1])])
+        else:
+            before, step = self.windows, trainer.global_step
+            epochs = trainer.max_epochs or -1
+            data = trainer.num_training_batches * epochs if epochs > 0 else math.inf
+            if trainer.max_steps < 0 and data == math.inf:
+                raise ValueError(
+                    "BatchRamp: stages are fractions of a run whose length cannot be told; pass max_steps or max_time, "
+                    "or max_epochs with a loader that has a length"
+                )
+            self.windows = plan_windows(self._starts, self._sizes, max_steps=trainer.max_steps, batches=data)
+            if before and _until(before, step) != _until(self.windows, step):
+                raise ValueError(
+                    "BatchRamp: the run has another length than the checkpoint's, so that stages would have begun at "
+                    "other steps; resume with the same max_steps, max_epochs and data"
+                )
+            check_epoch(trainer, self.windows)
+        self._accumulate(trainer)
+        for optimizer in trainer.optimizers if self.scaling != "none" else ():
+            self._ends.append(scale_rates(optimizer, self._rate))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """At the first micro-batch of a step, set how many it takes."""
+        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            if _by_the_clock(trainer):
+                due = self._sizes[stage_at(progress(trainer), self._starts)]
+                if due != self.windows[-1][1] and batch_idx % due == 0:
+                    self.windows = [*self.windows, (step, due)]
+            self._accumulate(trainer)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (step + 1) % every == 0:
+            pl_module.log(f"{self.name}/micro_batches", float(trainer.accumulate_grad_batches * trainer.world_size))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a plain Trainer behind."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave a plain Trainer behind."""
+        for end in self._ends:
+            end()
+        self._ends = []
+        restore_accumulation(trainer)
+
+    # -- sizes --------------------------------------------------------------------------------------------------------
+
+    def _resolve(self, trainer: Trainer) -> list[int]:
+        """Micro-batches of a rank, in each stage."""
+        each, sizes = getattr(trainer.train_dataloader, "batch_size", None), []
+        for _, amount in self.stages:
+            if isinstance(amount, float):
+                size = amount * self._own
+                if abs(size - round(size)) > 1e-6:
+                    raise ValueError(
+                        f"stages={self.stages}: {amount} of accumulate_grad_batches={self._own} is {size:g} "
+                        "micro-batches, not a whole number; accumulate more, or give fractions that divide"
+                    )
+                sizes.append(round(size))
+            elif each is None:
+                raise ValueError(f"stages={self.stages}: the loader does not tell its batch size; give fractions")
+            else:
+                sizes.append(micro_batches(amount, each * trainer.world_size))
+        for one, other in zip(sizes, sizes[1:], strict=False):
+            if other <= one or other % one:
+                raise ValueError(
+                    f"stages={self.stages}: a batch of {other} micro-batches is not a multiple of the one before it, "
+                    f"{one}; ramp to {2 * one}, {3 * one}, ..."
+                )
+        return sizes
+
+    def _accumulate(self, trainer: Trainer) -> None:
+        self._window = _until(self.windows, trainer.global_step)[-1][1]
+        accumulate(trainer, self._window)
+
+    def _rate(self) -> float:
+        return rate_factor(self._window / self._sizes[-1], self.scaling)
+
+    # -- the clock ----------------------------------------------------------------------------------------------------
+
+    def is_plain(self) -> bool:
+        """A step takes as many micro-batches as it would without the ramp."""
+        return self._window == self._own
+
+    def step_shape(self) -> dict[str, Any]:
+        """Micro-batches of a step; what each of them costs shows in the shape of the batch."""
+        return {"micro_batches": self._window}
+
+    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+        """Accumulate as many as that step did."""
+        self._window = shape["micro_batches"]
+        accumulate(trainer, self._window)
+
+
+def _until(windows: Windows, step: int) -> list[tuple[int, int]]:
+    """The windows that have begun."""
+    return [window for window in windows if window[0] <= step]
+
+
+def _by_the_clock(trainer: Trainer) -> bool:
+    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]

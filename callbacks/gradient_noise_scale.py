@@ -1,0 +1,192 @@
+"""Gradient noise scale (McCandlish et al. 2018, appendix A.1): the batch beyond which a larger one saves few steps.
+
+    E|g_B|^2 = |G|^2 + S / B;  with two batch sizes both unknowns follow, and B_crit = S / |G|^2
+
+Micro-batches and ranks hold gradients of small batches that are averaged anyway, so two norms a step are all it costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["GradientNoiseScale", "signal_and_noise"]
+
+
+def signal_and_noise(small: Tensor, large: Tensor, small_batch: int, large_batch: int) -> tuple[Tensor, Tensor]:
+    """Unbiased estimates of |G|^2 and of S = tr(Sigma), from two batch sizes.
+
+    Args:
+        small: Squared norm of the mean gradient of ``small_batch`` samples.
+        large: The same of ``large_batch``.
+        small_batch: A number of samples.
+        large_batch: A larger one.
+
+    Example:
+        >>> signal_and_noise(torch.tensor(3.0), torch.tensor(2.0), 1, 2)  # |G|^2 = 1 and S = 2: 1 + 2 / 1, 1 + 2 / 2
+        (tensor(1.), tensor(2.))
+    """
+    signal = (large_batch * large - small_batch * small) / (large_batch - small_batch)
+    noise = (small - large) / (1 / small_batch - 1 / large_batch)
+    return signal, noise
+
+
+class GradientNoiseScale(Callback):
+    """Estimates the critical batch size while a run trains, and says at its end whether a larger batch would pay.
+
+    The small batch is the first micro-batch of an optimizer step on each rank, the large one the whole step. Single
+    steps say nothing (the signal may even come out negative), so |G|^2 and S are each smoothed before their ratio is
+    taken. Metrics are ``gradient_noise_scale/critical_batch``, ``.../signal`` and ``.../noise``. It observes and
+    changes nothing; on one device it needs ``accumulate_grad_batches`` of at least 2.
+
+    Gradients are taken as they are. What Adam or LAMB make of them has another noise scale, so read the figure as
+    an order of magnitude.
+
+    Args:
+        smoothing: Weight of the past in the moving averages, in [0, 1).
+
+    Raises:
+        ValueError: ``smoothing`` is not in [0, 1).
+
+    Example:
+        >>> noise = GradientNoiseScale()
+        >>> trainer = Trainer(accumulate_grad_batches=4, callbacks=[noise], accelerator="cpu", logger=False)
+        >>> noise.verdict(batch=64)
+        'gradient noise scale: nothing can be told yet; train longer, with at least 2 micro-batches or ranks a step'
+    """
+
+    def __init__(self, smoothing: float = 0.99) -> None:
+        if not 0.0 <= smoothing < 1.0:
+            raise ValueError(f"smoothing={smoothing} is not in [0, 1)")
+        self.smoothing = smoothing
+        self.signal = self.noise = torch.zeros((), dtype=torch.float64)  # |G|^2 and S, sums that _weight is to divide
+        self._weight = 0.0
+        self._batch = 0  # samples of the latest step
+        self._hooks: list[Any] = []
+        self._seen: Tensor | None = None  # squared norm of the first micro-batch's gradient, while it is summed up
+        self._samples = self._micro_batches = 0
+        self._watching = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moving averages."""
+        averages = {"signal": self.signal.cpu(), "noise": self.noise.cpu(), "weight": self._weight}
+        return averages | {"batch": self._batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.signal, self.noise = state_dict["signal"], state_dict["noise"]
+        self._weight, self._batch = state_dict["weight"], state_dict["batch"]
+
+    @property
+    def critical_batch(self) -> float:
+        """S / |G|^2 in samples; NaN while neither can be told from 0."""
+        signal, noise = float(self.signal), float(self.noise)
+        return noise / signal if signal > 0 and noise > 0 else float("nan")
+
+    def verdict(self, batch: int) -> str:
+        """Whether a batch larger than this one pays, in one line.
+
+        The steps to a loss are proportional to 1 + B_crit / B, the samples to 1 + B / B_crit (ibid., section 2).
+        """
+        critical = self.critical_batch
+        if not critical > 0:
+            return (
+                "gradient noise scale: nothing can be told yet; train longer, with at least 2 micro-batches or ranks a "
+                "step"
+            )
+        steps = 1 - (1 + critical / (2 * batch)) / (1 + critical / batch)
+        samples = (1 + 2 * batch / critical) / (1 + batch / critical) - 1
+        pays = "a larger batch still pays" if batch < critical else "a larger batch hardly pays"
+        return (
+            f"gradient noise scale: the critical batch is about {critical:,.0f} samples and this run's {batch:,}, so "
+            f"{pays}: twice the batch takes {steps:.0%} fewer steps and {samples:.0%} more samples to the same loss"
+        )
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to each parameter's gradient, before it is added to the others or shared with the other ranks."""
+        for parameter in pl_module.parameters():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_hook(self._listen))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it where there is only one gradient a step."""
+        ramps = any(getattr(callback, "windows", ()) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1 and not ramps:
+            rank_zero_warn(
+                "GradientNoiseScale sees one gradient a step and can tell nothing; pass accumulate_grad_batches of at "
+                "least 2, or use several devices"
+            )
+        self._micro_batches = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Listen during the first micro-batch of a step."""
+        if self._micro_batches == 0:
+            first = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+            self._samples, self._seen = first.shape[0], None
+        self._watching = self._micro_batches == 0 and self._counts(trainer)
+
+    def _counts(self, trainer: Trainer) -> bool:
+        return trainer.accumulate_grad_batches * trainer.world_size > 1
+
+    def _listen(self, gradient: Tensor) -> None:
+        if self._watching:
+            square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double().square()
+            self._seen = square if self._seen is None else self._seen + square
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first micro-batch is through."""
+        self._watching = False
+        self._micro_batches += 1
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Both norms are there: smooth what follows from them."""
+        window, ranks = trainer.accumulate_grad_batches, trainer.world_size
+        counted, self._micro_batches = self._micro_batches, 0
+        # The end of an epoch may cut a step short, and a gradient that overflowed in 16 bits is no gradient.
+        seen, self._seen = self._seen, None
+        if seen is None or counted != window:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        small = seen * (window / (scaler.get_scale() if scaler is not None else 1.0)) ** 2
+        if ranks > 1:
+            dist.all_reduce(small)
+            small = small / ranks
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        large = torch.nn.utils.get_total_norm(gradients).double().square()
+        self._batch = self._samples * window * ranks
+        signal, noise = signal_and_noise(small, large, self._samples, self._batch)
+        if scaler is not None and not bool(signal.isfinite() & noise.isfinite()):
+            return
+        past = self.smoothing
+        self.signal = past * self.signal.to(signal.device) + (1 - past) * signal
+        self.noise = past * self.noise.to(noise.device) + (1 - past) * noise
+        self._weight = past * self._weight + 1 - past
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:
+            pl_module.log("gradient_noise_scale/signal", (self.signal / self._weight).float())
+            pl_module.log("gradient_noise_scale/noise", (self.noise / self._weight).float())
+            pl_module.log("gradient_noise_scale/critical_batch", (self.noise / self.signal).float())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say whether a larger batch pays."""
+        self._silence()
+        if trainer.is_global_zero and self._weight:
+            print(self.verdict(self._batch), flush=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop listening."""
+        self._silence()
+
+    def _silence(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -1,0 +1,130 @@
+"""Large batches with LAMB (You et al., ICLR 2020, algorithm 2): fewer and larger steps, each layer at its own rate.
+
+    w <- w - rate |w| / |r + decay w| (r + decay w),  r Adam's step for the layer
+
+As many samples take 1/16 of the optimizer steps, so 16 times the devices can share a step. On one device, where the
+batch is made of micro-batches, nothing is saved but the optimizer's own work.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lit_scale.optimizers import replace_optimizers, scale_rates
+from lit_scale.schedules import RateScaling, rate_factor
+from lit_scale.steps import accumulate, check_epoch, restore_accumulation
+from lit_scale.technique import Technique
+
+__all__ = ["LargeBatch"]
+
+
+class LargeBatch(Technique):
+    """Multiplies the batch by accumulation, scales the learning rate, and puts LAMB in the optimizer's place.
+
+    A run limited by epochs then sees the same data in fewer optimizer steps, one limited by ``max_steps`` more data in
+    as many. LAMB takes the groups of the module's own optimizer; those without decay are not adapted, so keep biases
+    and norms in one of them, as :func:`lit_scale.optimizers.create_optimizer` does.
+
+    Args:
+        times: Micro-batches of an optimizer step, times the Trainer's own ``accumulate_grad_batches``.
+        optimizer: ``"lamb"``, ``"lars"``, or ``"own"`` for the module's.
+        lr: Peak learning rate; None scales the module's own. A rate of LAMB is the relative change of a matrix in a
+            step, which AdamW's is not: around 0.01 to 0.05, or AdamW's over the standard deviation of the weights.
+        scaling: How the module's rate is scaled where ``lr`` is None: ``"sqrt"``, ``"linear"`` or ``"none"``.
+
+    Raises:
+        ValueError: At construction, or before the first step, if an epoch ends inside an optimizer step.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(max_epochs=3, callbacks=[LargeBatch(16, lr=0.02)], accelerator="cpu", logger=False)
+    """
+
+    factor = "steps"
+    shares_with = frozenset({"BatchRamp"})
+
+    def __init__(
+        self,
+        times: int = 16,
+        *,
+        optimizer: Literal["lamb", "lars", "own"] = "lamb",
+        lr: float | None = None,
+        scaling: RateScaling = "sqrt",
+    ) -> None:
+        if times < 1:
+            raise ValueError(f"times={times} must be at least 1")
+        if optimizer not in ("lamb", "lars", "own"):
+            raise ValueError(f"optimizer={optimizer!r}: choose 'lamb', 'lars' or 'own'")
+        if lr is not None and not lr > 0:
+            raise ValueError(f"lr={lr} must be above 0, or None")
+        self._factor = rate_factor(times, scaling)
+        self.times, self.optimizer, self.lr, self.scaling = times, optimizer, lr, scaling
+        self._ends: list[Any] = []
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments."""
+        return {"times": self.times, "optimizer": self.optimizer, "lr": self.lr, "scaling": self.scaling}
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Accumulate more, before a scheduler asks how many steps there will be."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            restore_accumulation(trainer)  # a fit before this one may have ended with an exception
+            accumulate(trainer, trainer.accumulate_grad_batches * self.times)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the other optimizer in the place of the module's, and scale its rates."""
+        if self.optimizer != "own":
+            replace_optimizers(trainer, self._replacement)
+        for optimizer in trainer.optimizers:
+            # a scheduler has multiplied the rates already, and keeps the peak beside them
+            peak = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+            factor = self._factor if self.lr is None else self.lr / peak
+            self._ends.append(scale_rates(optimizer, partial(float, factor)))
+
+    def _replacement(self, optimizer: Optimizer) -> Optimizer:
+        if type(optimizer).__name__.endswith("8bit"):
+            raise ValueError(
+                "callbacks: put LargeBatch in front of EightBitOptimizer, whose optimizer it would replace"
+            )
+        if not any(group.get("weight_decay") for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer={self.optimizer!r} adapts the parameters that decay, and the module's optimizer has none; "
+                "give its matrices a weight decay, however small"
+            )
+        from timm.optim import Lamb, Lars
+
+        keys = {"lr", "weight_decay"} | ({"betas"} if self.optimizer == "lamb" else set())
+        groups = [
+            {key: value for key, value in group.items() if key in keys or key not in optimizer.defaults}
+            for group in optimizer.param_groups
+        ]
+        return Lamb(groups) if self.optimizer == "lamb" else Lars(groups, momentum=0.9)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an epoch that ends inside a step."""
+        if not any(isinstance(other, Technique) and other.windows for other in trainer.callbacks):  # type: ignore[attr-defined]
+            check_epoch(trainer, [(0, trainer.accumulate_grad_batches)])
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a plain Trainer behind."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave a plain Trainer behind."""
+        for end in self._ends:
+            end()
+        self._ends = []
+        restore_accumulation(trainer)
+
+    # -- the clock ----------------------------------------------------------------------------------------------------
+
+    def step_shape(self) -> dict[str, Any]:
+        """How many times the batch is as large."""
+        return {"batch_times": self.times}

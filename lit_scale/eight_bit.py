@@ -1,0 +1,214 @@
+"""8-bit optimizer state (Dettmers et al., ICLR 2022): moments in one byte each, with a scale for every 256 of them.
+
+The optimizers are bitsandbytes'. What it calls LAMB and LARS is not on offer: its 8-bit kernel has neither trust ratio,
+so they are Adam and SGD under other names. ``lamb8bit`` is LAMB's own update on bitsandbytes' 8-bit moments.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Collection, Iterable
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["EIGHT_BIT", "embedding_weights", "make_eight_bit", "to_eight_bit"]
+
+#: Our names, and the classes of bitsandbytes whose moments they keep.
+EIGHT_BIT = {
+    "adam8bit": "Adam8bit",
+    "adamw8bit": "AdamW8bit",
+    "ademamix8bit": "AdEMAMix8bit",
+    "adagrad8bit": "Adagrad8bit",
+    "lamb8bit": "Adam8bit",
+    "lion8bit": "Lion8bit",
+    "rmsprop8bit": "RMSprop8bit",
+    "sgd8bit": "SGD8bit",
+}
+#: What takes the place of an optimizer of this class, and the options that it then must not have.
+_SAME: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Adam": ("adam8bit", ("amsgrad", "maximize", "weight_decay")),  # torch adds the decay to the gradient
+    "AdamW": ("adamw8bit", ("amsgrad", "maximize")),
+    "Lamb": ("lamb8bit", ("caution", "trust_clip", "decoupled_decay")),
+    "Lion": ("lion8bit", ("caution",)),
+    "SGD": ("sgd8bit", ("nesterov", "dampening", "maximize")),
+}
+
+
+def embedding_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of the embedding tables, also where an output layer shares them.
+
+    Their gradients are rows that differ in size by orders of magnitude, which one scale for 256 values does not suit;
+    the paper keeps their state in 32 bits (section 2.3).
+    """
+    tables = [part.weight for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+    return cast(list[nn.Parameter], tables)
+
+
+class _FullPrecision:
+    """Mixin over bitsandbytes' optimizers: chosen parameters keep their state in 32 bits.
+
+    bitsandbytes' own way is a table for the whole process, by ``id`` of the parameter, which outlives both.
+    """
+
+    full_precision: frozenset[nn.Parameter] = frozenset()
+    param_groups: list[dict[str, Any]]
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        config: dict[str, Any] = super().get_config(gindex, pindex, group)  # type: ignore[misc]
+        full = self.param_groups[gindex]["params"][pindex] in self.full_precision
+        return config | {"optim_bits": 32} if full else config
+
+
+class _Lamb:
+    """Mixin over Adam with 8-bit moments: the layer-wise adaptation of LAMB (You et al. 2020, algorithm 2).
+
+    r = m / (sqrt(v) + eps);  w <- w - lr |w| / |r + decay w| (r + decay w), after clipping the gradient to norm 1.
+    Parameters without decay are not adapted, as in timm's.
+    """
+
+    param_groups: list[dict[str, Any]]
+    max_grad_norm: float | None = 1.0
+    _shrink: Tensor | float = 1.0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.max_grad_norm is not None and gradients:
+            self._shrink = (nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp_(min=1.0)
+        super().step()  # type: ignore[misc]
+        return loss
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+        weight, gradient, decay = p.detach().clone(), p.grad, group["weight_decay"]
+        assert gradient is not None
+        p.grad = gradient / self._shrink
+        p.zero_()  # so that what Adam's kernel leaves there is its step alone, with nothing lost to rounding
+        super().update_step(group | {"lr": 1.0, "weight_decay": 0.0}, p, gindex, pindex)  # type: ignore[misc]
+        update = p.detach().neg().add_(weight, alpha=decay)
+        if decay or group.get("always_adapt", False):
+            norm, length = weight.norm(), update.norm()
+            update *= torch.where((norm > 0) & (length > 0), norm / length, 1.0)
+        p.copy_(weight.sub_(update, alpha=group["lr"]))
+        p.grad = gradient
+
+
+@functools.cache
+def _kind(name: str) -> Any:
+    # on some processors it asks at import for a package that only 4-bit inference needs
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes.optim
+
+    base = getattr(bitsandbytes.optim, EIGHT_BIT[name])
+    mixins = (_Lamb, _FullPrecision) if name == "lamb8bit" else (_FullPrecision,)
+    return type("Lamb8bit" if name == "lamb8bit" else base.__name__, (*mixins, base), {})
+
+
+def make_eight_bit(
+    name: str, groups: Iterable[dict[str, Any]], *, full_precision: Collection[nn.Parameter] = (), **options: Any
+) -> Optimizer:
+    """An optimizer with 8-bit state.
+
+    Args:
+        name: One of :data:`EIGHT_BIT`.
+        groups: Groups of parameters, on the device where they will be trained.
+        full_precision: Parameters that keep 32-bit state; those of fewer than 4096 elements always do.
+        **options: Passed to the class; ``min_8bit_size`` is that number.
+
+    Raises:
+        ValueError: bitsandbytes is not there, or has no 8-bit update for the device of the parameters.
+
+    Example:
+        >>> net = nn.Linear(128, 64)
+        >>> optimizer = make_eight_bit("adamw8bit", [{"params": list(net.parameters())}], lr=1e-3)
+        >>> net(torch.ones(1, 128)).sum().backward(); optimizer.step()
+        >>> [optimizer.state[p]["state1"].dtype for p in net.parameters()]
+        [torch.uint8, torch.float32]
+    """
+    groups = [dict(group) for group in groups]
+    try:
+        kind = _kind(name)
+        for device in {p.device for group in groups for p in group["params"]}:
+            _try_out(kind, device)
+    except Exception as error:
+        plain = name.removesuffix("8bit")
+        raise ValueError(
+            f"optimizer={name!r}: bitsandbytes {_version()} makes no 8-bit update here "
+            f"({type(error).__name__}: {error}); use optimizer={plain!r}, or train on a CUDA device, or on a CPU "
+            "with a newer bitsandbytes"
+        ) from error
+    if name == "lamb8bit":
+        clip = options.pop("max_grad_norm", 1.0)
+        options = {"eps": 1e-6} | options
+    if name == "sgd8bit":
+        options = {"momentum": 0.9} | options
+    optimizer: Any = kind(groups, **options)
+    optimizer.full_precision = frozenset(full_precision)
+    if name == "lamb8bit":
+        optimizer.max_grad_norm = clip
+    return optimizer
+
+
+def _try_out(kind: Any, device: torch.device) -> None:
+    """One step on a parameter of that device: which backends have a kernel is nowhere to be looked up."""
+    if device.type == "meta":
+        raise NotImplementedError("the parameters are on the meta device")
+    parameter = nn.Parameter(torch.zeros(256, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    options: dict[str, Any] = {"momentum": 0.9} if kind.__name__ == "SGD8bit" else {}
+    kind([parameter], lr=0.0, min_8bit_size=1, **options).step()
+
+
+def _version() -> str:
+    try:
+        return version("bitsandbytes")
+    except ImportError:
+        return "(not installed)"
+
+
+def to_eight_bit(optimizer: Optimizer, full_precision: Collection[nn.Parameter] = ()) -> Optimizer:
+    """The 8-bit form of an optimizer that has not made a step yet: the same groups, rates, decays and betas.
+
+    Args:
+        optimizer: torch's Adam, AdamW or SGD with momentum, timm's Lamb or Lion.
+        full_precision: Parameters that keep 32-bit state.
+
+    Raises:
+        ValueError: There is no 8-bit form that makes the same update.
+
+    Example:
+        >>> net = nn.Linear(128, 64)
+        >>> to_eight_bit(torch.optim.AdamW(net.parameters(), lr=2e-3)).param_groups[0]["lr"]
+        0.002
+    """
+    kind, module = type(optimizer).__name__, type(optimizer).__module__.partition(".")[0]
+    if kind not in _SAME or module not in ("torch", "timm"):
+        known = ", ".join(_SAME)
+        raise ValueError(
+            f"there is no 8-bit form of {type(optimizer).__module__}.{kind}; configure one of {known}, or make the "
+            "8-bit one by create_optimizer"
+        )
+    name, excluded = _SAME[kind]
+    for option in excluded:
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f"the 8-bit form of {kind} does not have {option}; leave it out")
+    if name == "sgd8bit" and not all(group["momentum"] for group in optimizer.param_groups):
+        raise ValueError("SGD without momentum has no state that 8 bits could make smaller")
+    groups = []
+    for group in optimizer.param_groups:
+        own = {key: value for key, value in group.items() if key not in optimizer.defaults}  # a scheduler's too
+        own |= {key: group[key] for key in ("lr", "weight_decay", "always_adapt") if key in group}
+        own |= {key: group[key] for key in ("betas", "eps") if key in group}
+        if "momentum" in group:
+            own["betas"] = (group["momentum"], 0.0)
+        groups.append(own)
+    options = {"max_grad_norm": optimizer.defaults["max_grad_norm"]} if name == "lamb8bit" else {}
+    return make_eight_bit(name, groups, full_precision=full_precision, **options)

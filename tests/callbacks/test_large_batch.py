@@ -1,0 +1,146 @@
+"""Large batches against accumulation and optimizers made by hand, and 8-bit optimizers in a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from timm.optim import Lamb, Lars
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
+from lit_scale.cost import CostMeter
+from lit_scale.guards import SafeCheckpointIO, StepSeed
+from tests.foreign_models import OPTIMIZERS, build, loader, quiet_trainer, save_every_step
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def fit(root: Path, *callbacks: Callback, name: str = "plain_torch", resume: Path | None = None, **options: Any) -> Any:
+    build_options = options.pop("build", {})
+    module = build(name, seed=1 if resume else 0, **build_options)
+    trainer = quiet_trainer(
+        root, callbacks=[StepSeed(), *callbacks], plugins=[SafeCheckpointIO()], **({"max_epochs": 2} | options)
+    )
+    trainer.fit(module, loader(name), ckpt_path=resume)
+    return module, trainer
+
+
+@pytest.mark.parametrize("kind", ["lamb", "lars", "own"])
+@pytest.mark.parametrize("rate", [{"lr": 0.02}, {}, {"scaling": "linear"}], ids=str)
+def test_it_is_accumulation_with_the_other_optimizer_and_rate(kind: Any, rate: dict[str, Any], tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path, LargeBatch(4, optimizer=kind, **rate), build={"dropout": 0.0})
+    assert trainer.global_step == 4  # of 16 batches
+    assert trainer.accumulate_grad_batches == 1
+    peak = {"{'lr': 0.02}": 0.02, "{}": 3e-3 * 2, "{'scaling': 'linear'}": 3e-3 * 4}[str(rate)]
+
+    expected = build("plain_torch", dropout=0.0)
+    options: dict[str, Any] = {"lr": peak, "weight_decay": 0.1}
+    optimizer: Any = {
+        "lamb": lambda p: Lamb(p, **options),
+        "lars": lambda p: Lars(p, momentum=0.9, **options),
+        "own": lambda p: torch.optim.AdamW(p, **options),
+    }[kind](expected.parameters())
+    schedule = CosineAnnealingLR(optimizer, T_max=100)
+    data = loader("plain_torch")
+    batches = [batch for _ in range(2) for batch in data]
+    for step in range(4):
+        optimizer.zero_grad()
+        for batch in batches[4 * step : 4 * step + 4]:
+            (expected.per_sample_loss(batch).mean() / 4).backward()
+        optimizer.step()
+        schedule.step()
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert type(trainer.optimizers[0]) is type(optimizer)
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [
+        lambda: [LargeBatch(2, lr=0.02)],
+        lambda: [EightBitOptimizer()],
+        lambda: [LargeBatch(2, lr=0.02), EightBitOptimizer(embeddings=True)],
+        lambda: [
+            LargeBatch(2, lr=0.02),
+            ProgressiveStacking([(0.0, 0.5), (0.3, 1.0)], rewarmup=0.3),
+            EightBitOptimizer(),
+        ],
+    ],
+    ids=["LAMB", "8-bit AdamW", "8-bit LAMB", "all, growing"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(techniques: Any, tmp_path: Path) -> None:
+    def run(*also: Callback, **options: Any) -> list[torch.Tensor]:
+        module, trainer = fit(tmp_path, *techniques(), *also, name="bert", build={"width": 64}, **options)
+        states = trainer.optimizers[0].state_dict()
+        leaves = torch.utils._pytree.tree_leaves(states)
+        numbers = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor | int | float)]
+        return [*module.state_dict().values(), *numbers]
+
+    whole = run(save_every_step(tmp_path / "saved"), enable_checkpointing=True)
+    for stop in (1, 3, 6):
+        rest = run(resume=tmp_path / "saved" / f"step={stop}.ckpt")
+        assert len(whole) == len(rest)
+        assert all(map(torch.equal, whole, rest)), stop
+
+
+def test_8_bit_state_is_what_the_record_says(tmp_path: Path) -> None:
+    records = []
+    for parts in ([], [EightBitOptimizer()], [EightBitOptimizer(embeddings=True)]):
+        meter = CostMeter(repeats=0)
+        _, trainer = fit(tmp_path, *parts, meter, name="bert", build={"width": 256, "depth": 2}, max_steps=1)
+        records.append(meter.record(trainer, trainer.lightning_module)["optimizer_state_bytes"])
+    plain, mixed, all_ = records
+    assert 0.25 < all_ / plain < mixed / plain < 0.28
+
+
+def test_a_checkpoint_of_the_one_does_not_go_on_as_the_other(tmp_path: Path) -> None:
+    saver = save_every_step(tmp_path / "saved")
+    fit(tmp_path, EightBitOptimizer(), saver, max_steps=2, enable_checkpointing=True)
+    path = tmp_path / "saved" / "step=2.ckpt"
+    with pytest.raises(ValueError, match="trained with EightBitOptimizer, which is missing from this Trainer"):
+        fit(tmp_path, CostMeter(), max_steps=4, resume=path)
+    with pytest.raises(ValueError, match=r"EightBitOptimizer\(embeddings=True\) differs from the checkpoint's"):
+        fit(tmp_path, EightBitOptimizer(embeddings=True), max_steps=4, resume=path)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: [LargeBatch(0)], {}, "times=0 must be at least 1"),
+        (lambda: [LargeBatch(optimizer="sgd")], {}, "optimizer='sgd': choose 'lamb', 'lars' or 'own'"),  # type: ignore[arg-type]
+        (lambda: [LargeBatch(lr=0.0)], {}, "lr=0.0 must be above 0"),
+        (
+            lambda: [LargeBatch(3)],
+            {},
+            r"8 batches ends inside an optimizer step of 3; pass Trainer\(limit_train_batches=6",
+        ),
+        (
+            lambda: [LargeBatch(2)],
+            {"build": {"optimizer": OPTIMIZERS["Adam"]}},
+            "optimizer='lamb' adapts the parameters that decay, and the module's optimizer has none",
+        ),
+        (lambda: [EightBitOptimizer(), LargeBatch(2)], {}, "put LargeBatch in front of EightBitOptimizer"),
+        (
+            lambda: [EightBitOptimizer()],
+            {"build": {"optimizer": OPTIMIZERS["Adafactor"]}},
+            "no 8-bit form of timm.optim",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_clear_error(make: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, *make(), **options)
+
+
+def test_the_trainer_is_itself_again_after_an_exception(tmp_path: Path) -> None:
+    class Stops(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            assert trainer.accumulate_grad_batches == 4
+            raise RuntimeError("here")
+
+    trainer = quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[LargeBatch(2), Stops()])
+    with pytest.raises(RuntimeError, match="here"):
+        trainer.fit(build("plain_torch"), loader("plain_torch"))
+    assert trainer.accumulate_grad_batches == 2
