@@ -134,13 +134,16 @@ def _one_each(part: Sequence[Any], count: int) -> bool:
 def _scoring(module: nn.Module) -> Iterator[None]:
     """A forward pass that is no step: without dropout and gradient, and nobody takes notice."""
     cached = torch.is_autocast_cache_enabled()  # weights that are cast without gradients must not be trained with
+    fused = torch.backends.mha.get_fastpath_enabled()  # torch's own encoder for inference, whose FLOPs nobody can count
     with unnoticed(module), torch.no_grad():
         module.eval()
         torch.set_autocast_cache_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
             torch.set_autocast_cache_enabled(cached)
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _losses(module: Any, batch: Any) -> Tensor:

@@ -16,10 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import lit_scale.callbacks
 import lit_scale.cost
 from lit_scale.callbacks import (
+    ImportanceSampling,
     MaskedTokenSkip,
     PatchDropping,
     ProgressiveStacking,
     ResolutionGrowing,
+    RhoLoss,
+    SelectiveBackprop,
     SequenceLengthWarmup,
     TokenDropping,
 )
@@ -35,10 +38,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 STEPS = 6
 GROWTH = [(0.0, 0.5), (0.5, 1.0)]
 MAKE: dict[type[Technique], Callable[[], Technique]] = {
+    ImportanceSampling: lambda: ImportanceSampling(2, threshold=0.0, look_every=1),
     MaskedTokenSkip: MaskedTokenSkip,
     PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
     ResolutionGrowing: lambda: ResolutionGrowing(GROWTH),
+    RhoLoss: lambda: RhoLoss(image_model("timm", seed=9), share=0.5),
+    SelectiveBackprop: lambda: SelectiveBackprop(0.0, 1.0),
     SequenceLengthWarmup: lambda: SequenceLengthWarmup(GROWTH),
     TokenDropping: lambda: TokenDropping("random"),
 }
@@ -72,9 +78,12 @@ def viewer(seed: int) -> Any:
 
 #: A module, its data, and what ProgressiveStacking has to be told, for each technique that it goes along with.
 WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], Any], dict[str, Any]]] = {
+    ImportanceSampling: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
     MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
     PatchDropping: (viewer, pictures, {}),
     ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
+    RhoLoss: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
+    SelectiveBackprop: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     SequenceLengthWarmup: (lambda seed: build("hf_gpt2", seed=seed), lambda: loader("hf_gpt2"), {}),
     TokenDropping: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
 }
@@ -136,4 +145,4 @@ def test_the_clock_times_the_steps_that_were_made(
     assert {key for key, _ in steps} == meter.ledger.calibrated.keys() == set(meter.ledger.counts)
     for key, flops in steps:
         assert flops == meter.ledger.flops[key], dict(key)
-    assert len({flops for _, flops in steps}) >= (1 if kind is MaskedTokenSkip else 2)
+    assert len({flops for _, flops in steps}) >= (1 if kind in (MaskedTokenSkip, RhoLoss) else 2)

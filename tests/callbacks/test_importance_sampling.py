@@ -331,7 +331,7 @@ def test_tokens_are_dropped_from_the_samples_that_are_trained(
         place: dict[str, Any] = {"before": [], "after": []}
         place["before" if order == 1 else "after"].append(tokens)
         place["after"] += [] if resume else [save_every_step(tmp_path / "saved")]
-        return fit(tiny_bert(seed=seed), loader("bert", batch_size=6), tmp_path, resume, **place)
+        return fit(tiny_bert(seed=seed), loader("bert", size=48, batch_size=6), tmp_path, resume, **place)
 
     whole = run(0)
     assert whole["watch"].trained == [2] * STEPS
