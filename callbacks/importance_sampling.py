@@ -36,7 +36,7 @@ _DECAY = 0.9  # of tau, a step; the paper's code
 def variance_ratio(scores: Tensor) -> float:
     """How many times as large a uniform batch would have to be for the variance that drawing by score leaves: tau.
 
-    With g the scores' shares and u = 1 / B it is 1 / sqrt(1 - |g - u|^2 / |g|^2) (equation 26), which is sqrt(B) |g|.
+    With g the scores' shares and u = 1 / B the paper has 1 / sqrt(1 - |g - u|^2 / |g|^2), which is sqrt(B) |g|.
 
     Args:
         scores: Of all samples (B,); a common factor does not matter.
@@ -45,7 +45,8 @@ def variance_ratio(scores: Tensor) -> float:
         >>> variance_ratio(torch.ones(8)), variance_ratio(torch.eye(16)[0])
         (1.0, 4.0)
     """
-    return float(scores.double().square().mean().sqrt() / scores.double().mean())
+    exact = scores.cpu().double()
+    return float(exact.square().mean().sqrt() / exact.mean())
 
 
 def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor
         >>> draw(torch.tensor([0.0, 3.0, 0.0]), 2, torch.Generator())
         (tensor([1, 1]), tensor([0.3333, 0.3333]))
     """
-    exact = scores.double().cpu()
+    exact = scores.cpu().double()
     if not exact.isfinite().all():  # the step is to meet the sample that has no finite loss, and the guard its loss
         exact = (~exact.isfinite()).double()
     if not exact.any():
@@ -88,7 +89,7 @@ class ImportanceSampling(SampleChoice):
     trained, with the gate closed the first ones; give it a batch size that is ``presample`` times as large.
 
     Args:
-        presample: How many times as many samples are scored as are trained (3 in the paper's experiments).
+        presample: How many times as many samples are scored as are trained.
         threshold: The gate is open while tau is above; None is where choosing pays, ``(presample + 3) / 3``, a step's
             backward pass costing two forward ones.
         look_every: With the gate closed, every so many batches the scores are looked at.
@@ -127,7 +128,7 @@ class ImportanceSampling(SampleChoice):
         self._changes: list[int] = []  # batches from which on the gate is open, closed, open...
         self._delay = 1  # batches after which a decision takes effect
         self._gate = "closed"  # or "looks", or "open": of the batch at work
-        self._taus: list[Tensor | float] = []  # of the batches since the last optimizer step
+        self._looks: list[list[Tensor]] = []  # squared scores of the batches since the last optimizer step
         self._checked = False
 
     def settings(self) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class ImportanceSampling(SampleChoice):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the loader for what has been decided."""
         super().on_train_start(trainer, pl_module)
-        self._taus, self._checked = [], False
+        self._looks, self._checked = [], False
         loader: Any = trainer.train_dataloader
         if self._loader is not None:
             ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
@@ -194,7 +195,7 @@ class ImportanceSampling(SampleChoice):
         count = count_samples(batch)
         if self._gate == "open":
             scores = output_gradients(pl_module, batch, self.output)
-            self._taus.append(variance_ratio(scores))
+            self._looks.append([scores.square()])
             index, weights = draw(scores, max(1, count // self.presample), self.generator(trainer, self.seed))
             return self.weighted(pl_module, step, take_samples(batch, index), weights)
         if self._loader is None:
@@ -202,20 +203,19 @@ class ImportanceSampling(SampleChoice):
             batch = take_samples(batch, slice(0, count))
         if self._gate == "closed":
             return step(batch)
-        with watch_outputs(pl_module, count, self._note, self.output):
+        with watch_outputs(pl_module, count, self.output) as squares:
+            self._looks.append(squares)
             return step(batch)
-
-    def _note(self, scores: Tensor) -> None:
-        self._taus.append(scores.square().mean().sqrt() / scores.mean())
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Bring tau up to date, on all ranks alike, and decide; before anybody saves."""
-        taus, self._taus = self._taus, []
-        if not taus:
+        looks, self._looks = self._looks, []
+        if not looks:
             return
-        now = torch.stack([torch.as_tensor(tau, dtype=torch.float64, device=pl_module.device) for tau in taus]).mean()
+        taus = [variance_ratio(torch.stack(squares).sum(0).sqrt()) for squares in looks]
+        now = torch.tensor(sum(taus) / len(taus), device=pl_module.device)
         if trainer.world_size > 1:
             dist.all_reduce(now)
             now /= trainer.world_size

@@ -225,44 +225,48 @@ def check_outputs(module: LightningModule, batch: Any, output: str | None = None
 
 
 @contextmanager
-def watch_outputs(
-    module: LightningModule, count: int, note: Callable[[Tensor], None], output: str | None = None
-) -> Iterator[None]:
-    """Note the same norms during a training step, up to a factor, once its own backward pass comes to them.
+def watch_outputs(module: LightningModule, count: int, output: str | None = None) -> Iterator[list[Tensor]]:
+    """Collect the same scores from a training step, up to a common factor, on its own way forward and backward.
 
     Args:
         module: Whose ``training_step`` runs inside.
         count: Samples of its batch.
-        note: Called with the norms (B,).
         output: As for :func:`output_gradients`.
+
+    Yields:
+        A list that the step's backward pass fills with squares (B,), one tensor for each output; the score is the
+        root of their sum.
 
     Raises:
         ValueError: No output was met.
     """
-    seen: list[Any] = []
+    squares: list[Tensor] = []
+    watched = []
 
     def watch(x: Tensor) -> Tensor:
-        if x.requires_grad and not seen:  # of several outputs the first
-            seen.append(x.register_hook(lambda gradient: note(_norms([gradient], count))))
+        if x.requires_grad:
+            watched.append(x.register_hook(lambda gradient: squares.append(_squares(gradient, count))))
         return x
 
     with _at_outputs(module, output, watch):
-        yield
-    if not seen:
+        yield squares
+    if not watched:
         raise _no_output(module, output)
 
 
 def _norms(gradients: Sequence[Tensor], count: int) -> Tensor:
-    """Norm of each sample's part (B,) of gradients (B, ...) or (B x ..., ...)."""
-    squares = []
-    for gradient in gradients:
-        if gradient.ndim == 0 or gradient.shape[0] % count:
-            raise ValueError(
-                f"the loss is given an output of shape {tuple(gradient.shape)} for {count} samples; its first axis has "
-                "to be the samples, or samples and positions flattened"
-            )
-        squares.append(gradient.detach().float().reshape(count, -1).square().sum(1))
-    return torch.stack(squares).sum(0).sqrt()
+    """Norm of each sample's part of all gradients, (B,)."""
+    return torch.stack([_squares(gradient, count) for gradient in gradients]).sum(0).sqrt()
+
+
+def _squares(gradient: Tensor, count: int) -> Tensor:
+    """Sum of squares of each sample's part (B,) of a gradient (B, ...) or (B x ..., ...)."""
+    if gradient.ndim == 0 or gradient.shape[0] % count:
+        raise ValueError(
+            f"the loss is given an output of shape {tuple(gradient.shape)} for {count} samples; its first axis has "
+            "to be the samples, or samples and positions flattened"
+        )
+    return gradient.detach().float().reshape(count, -1).square().sum(1)
 
 
 def _no_output(module: nn.Module, output: str | None) -> ValueError:

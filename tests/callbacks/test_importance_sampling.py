@@ -191,26 +191,26 @@ def test_tau_is_the_moving_average_of_what_the_steps_themselves_show(every: int,
     assert keeps.taus[-1] < 1.5  # with the paper's start at 0, nothing opens at once
 
 
-def test_the_gate_opens_and_closes_where_tau_crosses_the_threshold(tmp_path: Path, monkeypatch: Any) -> None:
-    taus = iter([1.0, 30.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    found: list[tuple[float, int]] = []
+def test_the_gate_opens_and_closes_where_tau_crosses_the_threshold(tmp_path: Path) -> None:
+    alike = [1024, 2, *[1024] * 6]  # of 1024 samples so many score 1 and the others 0: tau is the root of 1024 / n
+    found: list[tuple[float, bool]] = []
 
     class Told(ImportanceSampling):
         def on_before_optimizer_step(self, *args: Any) -> None:
-            self._taus = [next(taus)]
+            scores = torch.zeros(1024)
+            scores[: alike[len(found)]] = 1.0
+            self._looks = [[scores]]
             super().on_before_optimizer_step(*args)
             found.append((self.tau, self._is_open(10**9)))
 
     trainer = quiet_trainer(tmp_path, callbacks=[watch := Watch(), StepSeed(), Told(look_every=1)], max_steps=STEPS)
     trainer.fit(image_model("by_hand"), sized_loader())
     average, expected = 0.0, []
-    for now in [1.0, 30.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]:
-        average = 0.9 * average + 0.1 * now
+    for count in alike:
+        average = 0.9 * average + 0.1 * (1024 / count) ** 0.5
         expected.append((pytest.approx(average), average > 2.0))
     assert found == expected
-    assert {True, False} == {is_open for _, is_open in expected[2:]}  # it opened, and it closed again
-    decided = [False, *(is_open for _, is_open in expected)]
-    assert watch.brought == [12 if is_open else 4 for is_open in decided[:STEPS]]
+    assert watch.brought == [4, 4, 12, 12, 12, 4, 4, 4]  # 2.35, 2.22 and 2.10 after steps 1, 2 and 3
 
 
 def test_of_a_loader_that_cannot_be_asked_the_batch_is_the_presample(tmp_path: Path, caplog: Any) -> None:
