@@ -185,6 +185,38 @@ PRESETS: dict[str, dict[str, Preset]] = {
             accuracies=("linear_probe_accuracy", "fine_tune_accuracy"),
         ),
     },
+    "vit_importance_sampling": {
+        # heavy imbalance: nine of ten digits are zeros, which are easy after a few hundred steps
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+            lrs=[1e-3, 2e-3, 4e-3],
+            tune_steps=[2_000],
+            baseline_steps=[1_000, 2_000, 4_000],
+            technique_steps=[2_000, 1_300],
+            relative_cost=2.0,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+        ),
+        # ten equal classes, none of them easy: the gate stays closed, and that has to cost next to nothing
+        "cpu-plain": Preset(
+            flags=[
+                "--trainer.accelerator=cpu",
+                "--trainer.devices=1",
+                *CIFAR10,
+                "--data.imbalance=1",
+                "--data.augmentation=standard",
+                "--data.image_size=32",
+                "--model.width=96",
+            ],
+            lrs=[7e-4, 1.2e-3, 2e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[600],
+            relative_cost=1.0,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+        ),
+    },
     "gpt_length_warmup": {
         "cpu": Preset(
             flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
@@ -508,7 +540,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(PRESETS), nargs="?")
     parser.add_argument("--all", action="store_true", help="every recipe that has the preset, one after the other")
-    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    presets = sorted({name for own in PRESETS.values() for name in own})
+    parser.add_argument("--preset", choices=presets, default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every point (3)")
     parser.add_argument(
         "--rates",

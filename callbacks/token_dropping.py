@@ -9,9 +9,8 @@ What a block costs falls with the tokens that it keeps, and its attention faster
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.datamodules.loader import derive_seed
 from lit_scale.technique import Technique, averages, progress
 from lit_scale.tokens import TokenSpan, highest, late_span, mark_late, random_scores, release_tokens
+from lit_scale.wrapping import wrap
 
 __all__ = ["TokenDropping", "growing_share", "running_loss"]
 
@@ -187,7 +187,7 @@ class TokenDropping(Technique):
         self._drawn: list[_Drawn] = []
         self._spans: list[TokenSpan] = []
         self._spanned: tuple[int, ...] = ()  # active blocks that the spans were laid over
-        self._replaced: dict[str, Any] = {}  # methods of the module that are wrapped, and what its instance had there
+        self._unwrap: list[Callable[[], None]] = []  # give the module's methods back
         self._table: Tensor | None = None  # (V,) running losses
         self._bonus: Tensor | None = None  # (V,) infinite for tokens that are always kept
         self._seen: Tensor | None = None  # (2, V) sums and counts of losses since the last optimizer step
@@ -264,6 +264,8 @@ class TokenDropping(Technique):
                 mark_late(stack, span)
             for name in ("validation_step", "test_step", "predict_step"):
                 self._wrap(trainer, pl_module, name)
+            if callable(getattr(pl_module, "per_sample_loss", None)):  # samples may be scored before they are trained
+                self._wrap(trainer, pl_module, "per_sample_loss")
         if self.drop == "masked" or stage == "fit":
             self._lay(pl_module)
         if stage == "fit":
@@ -363,35 +365,34 @@ class TokenDropping(Technique):
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         """Choose tokens from the batch of a step before it runs."""
-        training, method = name == "training_step", getattr(pl_module, name)
+        training, evaluation = name == "training_step", name.endswith("_step") and name != "training_step"
 
-        @functools.wraps(method)
-        def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        def step(method: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
             self._lay(pl_module)
             self._choose(trainer, pl_module, batch)
-            self._asked, self._recording = False, training and self.drop == "easy" and self._share < 1.0
+            if training:
+                self._asked, self._recording = False, self.drop == "easy" and self._share < 1.0
             try:
                 output = method(batch, *args, **kwargs)
             finally:
-                if not training:  # otherwise a backward pass follows, which may run the blocks again
+                if evaluation:  # otherwise a backward pass follows, which may run the blocks again
                     self._forget()
-            if self._recording and not self._asked:
+            if self._recording and training and not self._asked:
                 raise ValueError(
                     f"drop='easy': {type(pl_module).__name__}.training_step did not call self.per_token_loss(batch); "
                     "let it do so, or use drop='random'"
                 )
-            self._recording = False
+            if training:
+                self._recording = False
             return output
 
-        self._replace(pl_module, name, step)
+        self._unwrap.append(wrap(pl_module, name, step))
 
     def _wrap_losses(self, pl_module: LightningModule) -> None:
         """Note the losses of the tokens that the training step asks its module for."""
-        method: Any = pl_module.per_token_loss
 
-        @functools.wraps(method)
-        def per_token_loss(batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-            losses: Tensor = method(batch, *args, **kwargs)
+        def per_token_loss(method: Callable[..., Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+            losses = method(batch, *args, **kwargs)
             if self._recording and self._seen is not None:
                 self._asked, labels = True, _entry(batch, "labels", self.drop)
                 if losses.shape != labels.shape:
@@ -404,11 +405,7 @@ class TokenDropping(Technique):
                 self._seen.index_add_(1, labels.clamp(min=0).flatten(), both)
             return losses
 
-        self._replace(pl_module, "per_token_loss", per_token_loss)
-
-    def _replace(self, pl_module: LightningModule, name: str, method: Any) -> None:
-        self._replaced[name] = pl_module.__dict__.get(name)
-        pl_module.__dict__[name] = method
+        self._unwrap.append(wrap(pl_module, "per_token_loss", per_token_loss))
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Choose the positions of this batch; those at random are drawn by the blocks from a seed of each."""
@@ -444,12 +441,9 @@ class TokenDropping(Technique):
 
     def _detach(self, pl_module: LightningModule) -> None:
         self._forget()
-        for name, own in self._replaced.items():
-            if own is None:
-                del pl_module.__dict__[name]
-            else:
-                pl_module.__dict__[name] = own
-        self._replaced = {}
+        for unwrap in self._unwrap:
+            unwrap()
+        self._unwrap = []
         if self.drop != "masked" and hasattr(self, "_stack"):
             release_tokens(self._stack)
             self._spans, self._drawn = [], []

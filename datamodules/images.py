@@ -184,6 +184,9 @@ class ImageDataModule(ResumableDataModule):
             flips them; digits are not flipped. ``"none"`` leaves images as they are.
         mean: Subtracted from each channel, with pixels in [0, 1].
         std: What each channel is then divided by; these two bring pixels to [-1, 1], as timm does for its ViTs.
+        imbalance: How many times each image of the first class is met, in training and validation alike. Of a balanced
+            source that makes an imbalance ratio of so many (Buda et al. 2018): most samples are of one class, and soon
+            easy, and the others are rare.
         val_fraction: Share of the images that is held out where there is no ``val_source``, in (0, 1).
         max_val_images: Validate on a fixed random choice of so many; None validates on all.
         skip_broken: Let the next image stand in for one that cannot be decoded, and warn. More than 1% of them (of
@@ -219,6 +222,7 @@ class ImageDataModule(ResumableDataModule):
         augmentation: Literal["none", "standard"] = "standard",
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        imbalance: int = 1,
         val_fraction: float = 0.1,
         max_val_images: int | None = None,
         skip_broken: bool = False,
@@ -232,6 +236,7 @@ class ImageDataModule(ResumableDataModule):
         check_at_least(
             image_size=(image_size, 1),
             num_classes=(num_classes, 1),
+            imbalance=(imbalance, 1),
             max_val_images=(max_val_images, 1),
             cache_bytes=(cache_bytes, 0),
         )
@@ -246,6 +251,7 @@ class ImageDataModule(ResumableDataModule):
         self.image_size = image_size
         self.augmentation = augmentation
         self.mean, self.std = tuple(mean), tuple(std)
+        self.imbalance = imbalance
         self.val_fraction = val_fraction
         self.max_val_images = max_val_images
         self.skip_broken = skip_broken
@@ -301,13 +307,15 @@ class ImageDataModule(ResumableDataModule):
             order = _permutation(len(rows), self.split_seed, "split")
             count = min(max(1, round(self.val_fraction * len(rows))), len(rows) - 1)
             rows, held_out = np.sort(order[count:]), np.sort(order[:count])
+        distinct = len(rows)
+        rows, held_out = (
+            _often(source.labels, own, self.imbalance) for source, own in ((train, rows), (validation, held_out))
+        )
         if self.max_val_images is not None and len(held_out) > self.max_val_images:
             chosen = _permutation(len(held_out), self.split_seed, "validation")[: self.max_val_images]
             held_out = held_out[np.sort(chosen)]
-        if len(rows) < self.batch_size:
-            raise ValueError(
-                f"source={self.source!r} is too small: {len(rows)} images for batch_size={self.batch_size}"
-            )
+        if distinct < self.batch_size:
+            raise ValueError(f"source={self.source!r} is too small: {distinct} images for batch_size={self.batch_size}")
         for source in (train, validation):
             self._check_labels(source)
         flip = self.source != "digits"
@@ -339,7 +347,7 @@ class ImageDataModule(ResumableDataModule):
         """All that training batches depend on; None before setup."""
         if not self._ready:
             return None
-        names = ("image_size", "batch_size", "augmentation", "seed")
+        names = ("image_size", "batch_size", "augmentation", "imbalance", "seed")
         held_out = {} if self.val_source is not None else {"val_fraction": self.val_fraction}
         return {
             "source": self._open("source").fingerprint,
@@ -349,6 +357,11 @@ class ImageDataModule(ResumableDataModule):
             **held_out,
             "split_seed": self.split_seed,
         }
+
+
+def _often(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
+    """The rows, those of the first class so many times."""
+    return np.repeat(rows, np.where(labels[rows] == 0, times, 1))
 
 
 def _permutation(size: int, *seed: int | str) -> npt.NDArray[np.int64]:

@@ -85,6 +85,9 @@ class _Sequences(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[int | tuple[int, int] | tuple[int, int, int | None]]) -> Batch:
         pairs = [key[:2] if isinstance(key, tuple) else (0, key) for key in keys]
         epoch = pairs[0][0]
+        if pairs[-1][0] != epoch:  # a larger batch than usual, across the end of an epoch
+            parts = [self.__getitems__(list(own)) for _, own in itertools.groupby(keys, key=_epoch_of)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         indices = np.array([index for _, index in pairs])
         if self.rows is not None:
             indices = self.rows[indices]
@@ -96,12 +99,15 @@ class _Sequences(Dataset[Batch]):
             indices = (indices[:, None] * pieces + np.arange(pieces)).ravel()
         if self.mask is None:
             return {"input_ids": torch.from_numpy(ids)}
-        assert all(other == epoch for other, _ in pairs)
         names = ("input_ids", "positions", "labels")
         return dict(zip(names, self.mask(ids, epoch=epoch, indices=indices), strict=True))
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+
+def _epoch_of(key: Any) -> int:
+    return key[0] if isinstance(key, tuple) else 0
 
 
 class TextDataModule(ResumableDataModule):

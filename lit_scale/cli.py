@@ -6,6 +6,7 @@ subfolder ``earlier-1``, ``earlier-2``..., unless ``--ckpt_path`` names a checkp
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import json
@@ -15,7 +16,7 @@ import shlex
 import shutil
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Recipe:
     Attributes:
         name: Names the default folder and the record.
         command: The command line, without the flags.
+        tasks: Names that ``--task`` takes.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Recipe:
     data: type[LightningDataModule]
     techniques: tuple[type[Technique], ...]
     defaults: dict[str, Any]
+    tasks: tuple[str, ...] = ()
 
     @property
     def side(self) -> str:
@@ -121,6 +124,8 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--baseline", action="store_true", help=f"the same run without the {what}")
         parser.add_argument("--compare", action="store_true", help="both runs, then a table side by side")
         parser.add_argument("--ckpt_path", type=str, default=None, help="checkpoint to resume from")
+        if self.recipe.tasks:
+            parser.add_argument("--task", choices=self.recipe.tasks, default=None, help="another model on other data")
         parts = {"model": self.recipe.model, "data": self.recipe.data}
         names = {name: set(inspect.signature(kind).parameters) for name, kind in parts.items()}
         for source, target, when in _LINKS:
@@ -267,6 +272,7 @@ def run_recipe(
     *,
     technique: type[Technique] | Sequence[type[Technique]],
     defaults: dict[str, Any],
+    tasks: Mapping[str, tuple[type[LightningModule], type[LightningDataModule], dict[str, Any]]] | None = None,
     args: Sequence[str] | None = None,
     name: str | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -279,6 +285,7 @@ def run_recipe(
         data: The data module's class; ``--data.*``.
         technique: The technique's class; its arguments become a group named after it. Or several.
         defaults: Defaults that differ from the classes' own, by flag, e.g. ``{"trainer.max_steps": 700}``.
+        tasks: Model, data and defaults that ``--task NAME`` trains instead, into a folder of its own.
         args: Command line; that of the process by default.
         name: Name of the recipe; by default that of the file this is called in.
 
@@ -295,18 +302,16 @@ def run_recipe(
     techniques = (technique,) if isinstance(technique, type) else tuple(technique)
     name = name or (snake_case(techniques[0]) if file.startswith("<") else Path(file).stem)
     script = sys.argv[0] if args is None else file
-    recipe = Recipe(
-        name,
-        (caller.f_globals.get("__doc__") or "").strip().partition("\n")[0],
-        [_python(), script],
-        model,
-        data,
-        techniques,
-        defaults,
-    )
+    given = list(sys.argv[1:] if args is None else args)
     with quiet():
         try:
-            return _run(recipe, list(sys.argv[1:] if args is None else args))
+            if tasks and (task := _asked_task(given, tasks)) is not None:
+                (model, data, defaults), name = tasks[task], f"{name}_{task}"
+            description = (caller.f_globals.get("__doc__") or "").strip().partition("\n")[0]
+            recipe = Recipe(
+                name, description, [_python(), script], model, data, techniques, defaults, tuple(tasks or ())
+            )
+            return _run(recipe, given)
         except ArgumentError as error:
             fail(error, 2)
         except KeyboardInterrupt as error:
@@ -317,6 +322,16 @@ def run_recipe(
             raise
         except Exception as error:
             fail(error, 1)
+
+
+def _asked_task(args: list[str], tasks: Iterable[str]) -> str | None:
+    """The task that the flags name; it decides what other flags there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--task")
+    task = parser.parse_known_args(args)[0].task
+    if task is not None and task not in tasks:
+        raise ArgumentError(None, f"--task: expected one of {', '.join(map(repr, tasks))}. Got value: {task}")
+    return task
 
 
 def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:

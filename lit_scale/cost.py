@@ -35,7 +35,7 @@ from lit_scale.record import hardware, versions, write_json
 from lit_scale.replay import flops_of, is_compiled, replay_step, undone
 from lit_scale.technique import Technique, check_techniques
 
-__all__ = ["CostMeter", "charge", "hardware", "versions", "write_json"]
+__all__ = ["CostMeter", "charge", "hardware", "tensors", "versions", "write_json"]
 
 _SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
 _REPLAYED = 32  # shapes that are replayed, the most frequent ones; the others keep their in-run medians
@@ -113,7 +113,7 @@ class CostMeter(Callback):
         The samples are the first axis of the first tensor; the tokens, its elements if it holds integers in two axes
         (token ids, padding included), else one per sample.
         """
-        first = next(_tensors(batch), None)
+        first = next(tensors(batch), None)
         if first is None or first.ndim == 0:
             return 0, 0
         is_ids = first.ndim == 2 and not first.is_floating_point()
@@ -126,7 +126,7 @@ class CostMeter(Callback):
         key.append(("plain", all(technique.is_plain() for technique in techniques)))
         for technique in techniques:
             key += technique.step_shape().items()
-        return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in _tensors(batch))))
+        return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in tensors(batch))))
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
@@ -374,18 +374,18 @@ def _techniques(trainer: Trainer) -> list[Technique]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Technique)]  # type: ignore[attr-defined]
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> Iterator[Tensor]:
     """The tensors of a batch, in order, whatever holds them."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors(value)
     elif is_dataclass(batch):
-        yield from _tensors(vars(batch))
+        yield from tensors(vars(batch))
 
 
 def _synchronize() -> None:

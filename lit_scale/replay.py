@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
-__all__ = ["flops_of", "is_compiled", "replay_step", "undone"]
+__all__ = ["flops_of", "is_compiled", "replay_step", "undone", "unnoticed"]
 
 _LOGS = {"log", "log_dict"}  # of LightningModule, which refuse to work outside of the loop
 
@@ -88,38 +88,47 @@ def _keep(value: Any) -> Any:
 
 
 @contextmanager
-def _unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Put buffers, metrics, random state and modes back as they were, and log nothing meanwhile."""
-    modules = list(pl_module.modules())
-    buffers = [(buffer, _keep(buffer)) for buffer in pl_module.buffers()]
+def unnoticed(module: nn.Module) -> Iterator[None]:
+    """Put metrics, random state and modes back as they were, and log nothing meanwhile."""
+    modules = list(module.modules())
     metrics = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in modules if isinstance(m, Metric)]
-    modes = [module.training for module in modules]
-    members = [module.__dict__ for module in modules if isinstance(module, LightningModule)]
+    modes = [part.training for part in modules]
+    members = [part.__dict__ for part in modules if isinstance(part, LightningModule)]
     logging = [(own, {name: own[name] for name in _LOGS & own.keys()}) for own in members]
-    loggers = trainer.loggers
     random = isolate_rng()
     random.__enter__()
     try:
         for own, _ in logging:
             own.update(dict.fromkeys(_LOGS, _silent))
-        trainer.loggers = [DummyLogger() for _ in loggers]
         yield
     finally:
-        trainer.loggers = loggers
         for own, before in logging:
             for name in _LOGS - before.keys():
                 del own[name]
             own.update(before)
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
         for metric, state, updates, computed in metrics:
             for name, value in state.items():
                 setattr(metric, name, value)
             metric._update_count, metric._computed = updates, computed
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for part, mode in zip(modules, modes, strict=True):
+            part.training = mode
         random.__exit__(None, None, None)  # it would leave the state as it is if it saw an exception
+
+
+@contextmanager
+def _unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """The same, and put buffers back and keep what is written to loggers from them."""
+    buffers = [(buffer, _keep(buffer)) for buffer in pl_module.buffers()]
+    loggers = trainer.loggers
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        with unnoticed(pl_module):
+            yield
+    finally:
+        trainer.loggers = loggers
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
 
 
 @contextmanager

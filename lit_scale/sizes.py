@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lit_scale.schedules import check_starts, stage_at
 from lit_scale.technique import Technique, progress, progress_after
+
+if TYPE_CHECKING:
+    from lit_scale.datamodules.loader import Plan
 
 __all__ = ["SizeByStages"]
 
@@ -85,7 +89,8 @@ class SizeByStages(Technique):
         loader: Any = trainer.train_dataloader
         if getattr(loader, "takes_plan", False):
             self._resolve(loader.dataset.full_size)
-            loader.plan, self._loader = self._plan, loader
+            self._loader, before = loader, loader.plan
+            loader.plan = partial(self._plan, before)
         else:
             trainer.strategy.batch_to_device = self._move  # type: ignore[method-assign]
 
@@ -137,8 +142,9 @@ class SizeByStages(Technique):
             self._asked = number
         return sum(first <= number for first in self._changes)
 
-    def _plan(self, number: int) -> tuple[int | None, int]:
-        size, usual = self._sizes[self._stage_of(number)], self._loader.batch_size
+    def _plan(self, before: Plan | None, number: int) -> tuple[int | None, int]:
+        size = self._sizes[self._stage_of(number)]
+        usual = self._loader.batch_size if before is None else before(number)[1]  # who chooses samples asks for more
         full = size == self._sizes[-1]
         return (None, usual) if full else (size, self.samples(size, usual))
 

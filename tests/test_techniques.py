@@ -18,11 +18,14 @@ import lit_scale.cost
 from lit_scale.callbacks import (
     BatchRamp,
     EightBitOptimizer,
+    ImportanceSampling,
     LargeBatch,
     MaskedTokenSkip,
     PatchDropping,
     ProgressiveStacking,
     ResolutionGrowing,
+    RhoLoss,
+    SelectiveBackprop,
     SequenceLengthWarmup,
     TokenDropping,
 )
@@ -41,10 +44,13 @@ MAKE: dict[type[Technique], Callable[[], Technique]] = {
     BatchRamp: lambda: BatchRamp([(0.0, 4), (0.5, 8)]),
     EightBitOptimizer: EightBitOptimizer,
     LargeBatch: lambda: LargeBatch(2, lr=0.02),
+    ImportanceSampling: lambda: ImportanceSampling(2, threshold=0.0, look_every=1),
     MaskedTokenSkip: MaskedTokenSkip,
     PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
     ResolutionGrowing: lambda: ResolutionGrowing(GROWTH),
+    RhoLoss: lambda: RhoLoss(image_model("timm", seed=9), share=0.5),
+    SelectiveBackprop: lambda: SelectiveBackprop(0.0, 1.0),
     SequenceLengthWarmup: lambda: SequenceLengthWarmup(GROWTH),
     TokenDropping: lambda: TokenDropping("random"),
 }
@@ -90,9 +96,12 @@ WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], An
     BatchRamp: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     EightBitOptimizer: (wide, lambda: loader("bert"), {}),
     LargeBatch: (lambda seed: build("torch_encoder", seed=seed), lambda: loader("torch_encoder"), {}),
+    ImportanceSampling: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
     MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
     PatchDropping: (viewer, pictures, {}),
     ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
+    RhoLoss: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
+    SelectiveBackprop: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     SequenceLengthWarmup: (lambda seed: build("hf_gpt2", seed=seed), lambda: loader("hf_gpt2"), {}),
     TokenDropping: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
 }
@@ -186,7 +195,7 @@ def test_the_clock_times_the_steps_that_were_made(
     assert {key for key, _ in steps} == ledger.calibrated.keys() >= set(ledger.counts)
     for key, flops in steps:
         assert flops == ledger.flops[key], dict(key)
-    same = {BatchRamp, EightBitOptimizer, LargeBatch}  # a batch costs what it did
+    same = {BatchRamp, EightBitOptimizer, LargeBatch, RhoLoss}  # a batch costs what it did, or there is one shape
     assert len({flops for _, flops in steps}) >= (1 if kind in same else 2)
 
     # and with them the step of a run without it, whether or not it made one
@@ -194,7 +203,8 @@ def test_the_clock_times_the_steps_that_were_made(
     trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[StepSeed(), without])
     trainer.fit(make(0), data())
     plain = [key for key in ledger.calibrated if dict(key)["plain"]]
-    assert bool(plain) == (kind not in {EightBitOptimizer, LargeBatch})  # whose runs have another optimizer
+    others = {EightBitOptimizer, ImportanceSampling, LargeBatch, RhoLoss}  # another optimizer, or larger batches
+    assert bool(plain) == (kind not in others)
     assert {ledger.flops[key] for key in plain} <= set(without.ledger.flops.values())
     made_none = bool(plain) and not set(plain) & set(ledger.counts)
     assert made_none == (kind is MaskedTokenSkip)

@@ -89,6 +89,24 @@ def test_digits_are_those_of_scikit_learn() -> None:
     assert sorted([*data.train_set.rows, *data.validation_set.rows]) == list(range(1797))
 
 
+def test_images_of_the_first_class_are_met_as_often_as_told(build: Build) -> None:
+    plain, often = build(val_fraction=0.3), build(val_fraction=0.3, imbalance=5)
+    for name in ("train_set", "validation_set"):
+        rows, repeated = (list(getattr(data, name).rows) for data in (plain, often))
+        labels = getattr(plain, name).labels
+        assert Counter(repeated) == {row: 5 if label == 0 else 1 for row, label in zip(rows, labels, strict=True)}
+    count = Counter(torch.cat([labels for _, labels in often.train_dataloader()]).tolist())
+    share = count[0] / sum(count.values())
+    zeros = (plain.train_set.labels == 0).mean()
+    assert share == pytest.approx(5 * zeros / (1 + 4 * zeros), abs=6 / sum(count.values()))  # but for what is dropped
+    assert often.chance_accuracy > plain.chance_accuracy
+    assert often.settings()["imbalance"] == 5  # so that nobody resumes on other data
+    few = build(val_fraction=0.3, imbalance=5, max_val_images=6).validation_set.rows
+    assert len(few) == 6
+    with pytest.raises(ValueError, match="imbalance=0: must be at least 1"):
+        ImageDataModule(imbalance=0)
+
+
 def test_a_folder_and_its_shards_are_the_same_images(build: Build, pattern: str, tmp_path: Path) -> None:
     for number, (image, label) in enumerate(sorted(pictures(46), key=lambda pair: pair[1])):
         path = tmp_path / "folder" / "abcd"[label] / f"{number:03d}.png"

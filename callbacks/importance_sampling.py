@@ -1,0 +1,252 @@
+"""Importance sampling by gradient norms (Katharopoulos and Fleuret, ICML 2018, arXiv 1803.00942, algorithm 1).
+
+    of B = 3b samples draw b with p_i ~ |dL_i / d output|, each with weight 1 / (B p_i), while tau > (B + 3b) / 3b
+
+The weighted gradient has the mean of the plain one over all B samples and, by tau, less variance than what it costs.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_scale.samples import (
+    SampleChoice,
+    Step,
+    check_outputs,
+    count_samples,
+    output_gradients,
+    take_samples,
+    watch_outputs,
+)
+
+__all__ = ["ImportanceSampling", "draw", "variance_ratio"]
+
+_DECAY = 0.9  # of tau, a step; the paper's code
+
+
+def variance_ratio(scores: Tensor) -> float:
+    """How many times as large a uniform batch would have to be for the variance that drawing by score leaves: tau.
+
+    With g the scores' shares and u = 1 / B the paper has 1 / sqrt(1 - |g - u|^2 / |g|^2), which is sqrt(B) |g|.
+
+    Args:
+        scores: Of all samples (B,); a common factor does not matter.
+
+    Example:
+        >>> variance_ratio(torch.ones(8)), variance_ratio(torch.eye(16)[0])
+        (1.0, 4.0)
+    """
+    exact = scores.cpu().double()
+    return float(exact.square().mean().sqrt() / exact.mean())
+
+
+def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw samples by score, with replacement, and the weights that leave the mean over all of them unbiased.
+
+    Args:
+        scores: Of all samples (B,), at least 0; where all are 0 the draw is uniform.
+        count: How many, b.
+        generator: On the CPU.
+
+    Returns:
+        Indices (b,) and weights 1 / (B p), (b,).
+
+    Example:
+        >>> draw(torch.tensor([0.0, 3.0, 0.0]), 2, torch.Generator())
+        (tensor([1, 1]), tensor([0.3333, 0.3333]))
+    """
+    exact = scores.cpu().double()
+    if not exact.isfinite().all():  # the step is to meet the sample that has no finite loss, and the guard its loss
+        exact = (~exact.isfinite()).double()
+    if not exact.any():
+        exact = torch.ones_like(exact)
+    p = exact / exact.sum()
+    index = torch.multinomial(p, count, replacement=True, generator=generator)
+    return index.to(scores.device), (1 / (len(p) * p[index])).float().to(scores.device)
+
+
+class ImportanceSampling(SampleChoice):
+    """Trains on the samples of a larger batch that move the weights most, while that pays.
+
+    As long as the gate is closed a step is the plain one, and every ``look_every``-th notes the gradients of its own
+    output, from which tau is told. When tau says that choosing pays, the loader is asked for ``presample`` times as
+    many samples; one forward pass without dropout and activations scores them, and as many as ever are trained.
+
+    The module needs ``per_sample_loss(batch) -> (B,)``, of which ``training_step`` returns the mean.
+
+    A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that takes a plan, as those of our data
+    modules do, is told the sizes of its batches ahead: what the gate decides takes effect when all batches that workers
+    may have prepared are through. Of any other loader each batch is the presample, and ``1 / presample`` of it is
+    trained, with the gate closed the first ones; give it a batch size that is ``presample`` times as large.
+
+    Args:
+        presample: How many times as many samples are scored as are trained.
+        threshold: The gate is open while tau is above; None is where choosing pays, ``(presample + 3) / 3``, a step's
+            backward pass costing two forward ones.
+        look_every: With the gate closed, every so many batches the scores are looked at.
+        output: Path of the last layer; None finds the output by itself (:func:`lit_scale.samples.output_gradients`).
+        seed: Of the draws, which are a function of (seed, rank, batch counter).
+
+    Raises:
+        ValueError: At construction, in ``setup``, or with the first batch, before anything is trained.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(max_steps=1_000, callbacks=[ImportanceSampling(presample=4)], logger=False)
+    """
+
+    def __init__(
+        self,
+        presample: int = 3,
+        *,
+        threshold: float | None = None,
+        look_every: int = 8,
+        output: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        if presample < 2:
+            raise ValueError(
+                f"presample={presample}: more samples must be scored than are trained, so at least 2 times as many"
+            )
+        if threshold is not None and not threshold >= 0.0:
+            raise ValueError(f"threshold={threshold} must not be negative; None opens the gate where that pays")
+        if look_every < 1:
+            raise ValueError(f"look_every={look_every} must be at least 1 batch")
+        self.presample, self.look_every, self.output, self.seed = presample, look_every, output, seed
+        self.threshold = (presample + 3) / 3 if threshold is None else threshold
+        self.tau = 0.0
+        self._looked = -1  # the batch at which tau was last told
+        self._changes: list[int] = []  # batches from which on the gate is open, closed, open...
+        self._delay = 1  # batches after which a decision takes effect
+        self._gate = "closed"  # or "looks", or "open": of the batch at work
+        self._looks: list[list[Tensor]] = []  # squared scores of the batches since the last optimizer step
+        self._checked = False
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as plain values for the checkpoint."""
+        return {name: getattr(self, name) for name in ("presample", "threshold", "look_every", "output", "seed")}
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin with a closed gate; find the last layer, if it is named."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self.tau, self._looked, self._changes, self._delay = 0.0, -1, [], 1
+        if self.output is not None:
+            try:
+                pl_module.get_submodule(self.output)
+            except AttributeError:
+                raise ValueError(f"output={self.output!r}: {type(pl_module).__name__} has no such part") from None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the loader for what has been decided."""
+        super().on_train_start(trainer, pl_module)
+        self._looks, self._checked = [], False
+        loader: Any = trainer.train_dataloader
+        if self._loader is not None:
+            ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
+            self._delay = max(self._delay, ahead)
+            return
+        size = getattr(loader, "batch_size", None)
+        if isinstance(size, int) and size < self.presample:
+            raise ValueError(
+                f"presample={self.presample} is not smaller than the batch of {size} samples, of which "
+                f"1 / {self.presample} are to be trained; give the loader a batch_size {self.presample} times as large "
+                "as a step's, or lower presample"
+            )
+        rank_zero_info(
+            f"ImportanceSampling: this loader cannot be asked for more samples, so each of its batches is the "
+            f"presample, and a step trains 1 / {self.presample} of it"
+        )
+
+    def samples(self, number: int, count: int) -> int:
+        """More while the gate is open."""
+        return count * self.presample if self._is_open(number) else count
+
+    def _is_open(self, number: int) -> bool:
+        return bisect_right(self._changes, number) % 2 == 1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell what this step does, and, before the first one, whether the module's output can be scored."""
+        if not self._checked:
+            with trainer.precision_plugin.forward_context():
+                check_outputs(pl_module, batch, self.output)
+            self._checked = True
+        number = self.number(trainer)
+        looks = number % self.look_every == 0
+        self._gate = "open" if self._is_open(number) else "looks" if looks else "closed"
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:
+            pl_module.log_dict({f"{self.name}/tau": self.tau, f"{self.name}/open": float(self._gate == "open")})
+
+    def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
+        """Score and draw, or make the plain step."""
+        count = count_samples(batch)
+        if self._gate == "open":
+            scores = output_gradients(pl_module, batch, self.output)
+            self._looks.append([scores.square()])
+            index, weights = draw(scores, max(1, count // self.presample), self.generator(trainer, self.seed))
+            return self.weighted(pl_module, step, take_samples(batch, index), weights)
+        if self._loader is None:
+            count = max(1, count // self.presample)
+            batch = take_samples(batch, slice(0, count))
+        if self._gate == "closed":
+            return step(batch)
+        with watch_outputs(pl_module, count, self.output) as squares:
+            self._looks.append(squares)
+            return step(batch)
+
+    # -- the gate ---------------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Bring tau up to date, on all ranks alike, and decide; before anybody saves."""
+        looks, self._looks = self._looks, []
+        if not looks:
+            return
+        taus = [variance_ratio(torch.stack(squares).sum(0).sqrt()) for squares in looks]
+        now = torch.tensor(sum(taus) / len(taus), device=pl_module.device)
+        if trainer.world_size > 1:
+            dist.all_reduce(now)
+            now /= trainer.world_size
+        tau = now.item()
+        if self._ended or not math.isfinite(tau):  # a gradient scaler tries out infinities
+            return
+        number = self.number(trainer)
+        decay = _DECAY ** (number - self._looked)  # as if the batches between had been like this one
+        self.tau, self._looked = decay * self.tau + (1 - decay) * tau, number
+        if (self.tau > self.threshold) != (len(self._changes) % 2 == 1):
+            self._changes.append(number + self._delay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tau, and which batches are chosen from; those that are on their way too."""
+        return {"tau": self.tau, "looked": self._looked, "changes": list(self._changes), "delay": self._delay}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the gate of a checkpoint, and meet the batches that the uninterrupted run meets."""
+        self.tau, self._looked = state_dict["tau"], state_dict["looked"]
+        self._changes, self._delay = list(state_dict["changes"]), state_dict["delay"]
+
+    # -- the clock --------------------------------------------------------------------------------------------------
+
+    def is_plain(self) -> bool:
+        """The gate is closed, nothing is looked at, and the batch is trained whole."""
+        return self._gate == "closed" and self._loader is not None
+
+    def step_shape(self) -> dict[str, Any]:
+        """Whether samples are chosen, or at least looked at."""
+        return {"gate": self._gate}
+
+    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+        """Choose as an earlier step did."""
+        self._gate = shape["gate"]

@@ -1,0 +1,74 @@
+"""Methods of one object that several techniques run code around, and give back in whatever order they leave."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["wrap"]
+
+#: Called with what it stands around and with the arguments of the call.
+Around = Callable[..., Any]
+
+
+def wrap(module: Any, name: str, around: Around, *, outermost: bool = False) -> Callable[[], None]:
+    """Run ``around(method, *args, **kwargs)`` in place of a method of this one object.
+
+    Args:
+        module: The object; other objects of its class keep their method.
+        name: Of the method.
+        around: Whoever is wrapped later stands further out.
+        outermost: Stand further out than all that are not, whoever comes first. What replaces the batch of a step has
+            to, so that others act on the batch that is trained.
+
+    Returns:
+        What gives the method back.
+
+    Example:
+        >>> class Greeting:
+        ...     def text(self, name):
+        ...         return f"hello {name}"
+        >>> greeting = Greeting()
+        >>> unwrap = wrap(greeting, "text", lambda method, name: method(name).upper())
+        >>> greeting.text("you")
+        'HELLO YOU'
+        >>> unwrap()
+        >>> greeting.text("you")
+        'hello you'
+    """
+    wrapped = module.__dict__.get(name)
+    layers: list[tuple[bool, Around]] | None = getattr(wrapped, "layers", None)
+    if layers is None:
+        wrapped, layers = _wrapped(wrapped, getattr(module, name))
+        module.__dict__[name] = wrapped
+    layer = (outermost, around)
+    inner = len(layers) if outermost else sum(not out for out, _ in layers)
+    layers.insert(inner, layer)
+
+    def unwrap() -> None:
+        own = [i for i, other in enumerate(layers) if other is layer]
+        for i in own:
+            del layers[i]
+        if own and not layers and module.__dict__.get(name) is wrapped:
+            if wrapped.before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = wrapped.before
+
+    return unwrap
+
+
+def _wrapped(before: Any, method: Callable[..., Any]) -> tuple[Any, list[tuple[bool, Around]]]:
+    """A method with layers around it, the innermost first, and what the object had in its place."""
+    layers: list[tuple[bool, Around]] = []
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inner = method
+        for _, around in layers:
+            inner = functools.partial(around, inner)
+        return inner(*args, **kwargs)
+
+    call.layers, call.before = layers, before  # type: ignore[attr-defined]
+    return call, layers
