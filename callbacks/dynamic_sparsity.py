@@ -331,6 +331,7 @@ class DynamicSparsity(Technique):
         """Behind the optimizer, whichever it is, and before anybody averages or saves the weights."""
         due, self._due = self._due, False
         self._masks.zero_weights()
+        self._masks.zero_codes(trainer.optimizers)
         if due and not self._ended:
             with charge(trainer, "mask update"):
                 share = drop_share(progress(trainer), self.drop, self.until)

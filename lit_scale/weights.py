@@ -69,6 +69,17 @@ class WeightMasks:
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
 
+    def zero_codes(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero what masked weights have in quantised slots.
+
+        A gradient of 0 keeps the other slots at 0, but quantising on a CPU takes 0 for the number next to it.
+        """
+        for optimizer in optimizers:
+            for parameter, mask in self.masks.items():
+                state = optimizer.state.get(parameter, {})
+                if any(isinstance(slot, Tensor) and slot.dtype == torch.uint8 for slot in state.values()):
+                    zero_slots([optimizer], parameter, mask)
+
 
 @torch.no_grad()
 def zero_slots(optimizers: Iterable[Optimizer], parameter: nn.Parameter, keep: Tensor) -> None:
@@ -185,8 +196,8 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
         density: Of all of them together, in (0, 1].
 
     Example:
-        >>> [round(d, 3) for d in erk_densities([(100, 100), (10, 10)], 0.1)]
-        [0.091, 1.0]
+        >>> [round(d, 3) for d in erk_densities([(100, 100), (10, 10)], 0.2)]
+        [0.192, 1.0]
     """
     sizes = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lit_scale.callbacks
 import lit_scale.cost
 from lit_scale.callbacks import (
+    DynamicSparsity,
     MaskedTokenSkip,
     PatchDropping,
     ProgressiveStacking,
@@ -35,6 +36,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 STEPS = 6
 GROWTH = [(0.0, 0.5), (0.5, 1.0)]
 MAKE: dict[type[Technique], Callable[[], Technique]] = {
+    DynamicSparsity: lambda: DynamicSparsity(0.5, every=2),
     MaskedTokenSkip: MaskedTokenSkip,
     PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
@@ -72,6 +74,7 @@ def viewer(seed: int) -> Any:
 
 #: A module, its data, and what ProgressiveStacking has to be told, for each technique that it goes along with.
 WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], Any], dict[str, Any]]] = {
+    DynamicSparsity: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
     PatchDropping: (viewer, pictures, {}),
     ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
