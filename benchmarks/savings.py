@@ -74,6 +74,11 @@ def stages(*growths: tuple[float, float]) -> list[str]:
     return [f"--progressive_stacking.stages={json.dumps([[0.0, 0.25], *map(list, growths)])}"]
 
 
+def weights(*flags: str) -> list[str]:
+    """Flags of dynamic sparsity by single weights, whose FLOPs are only theoretical: equal in steps to a baseline."""
+    return [f"--dynamic_sparsity.{flag}" for flag in ("granularity=weight", *flags)]
+
+
 # WebDataset shards of CIFAR-10, which recipes/write_shards.py writes (with --name test for those of cifar10-test).
 CIFAR10 = ["--data.source=data/cifar10/train-*.tar", "--data.val_source=data/cifar10/test-*.tar"]
 
@@ -142,6 +147,28 @@ PRESETS: dict[str, dict[str, Preset]] = {
             relative_cost=0.75,
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
+        ),
+    },
+    "bert_dynamic_sparse": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+            lrs=[6.7e-4, 1e-3, 1.5e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[900, 600],
+            relative_cost=0.55,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+            choices={
+                "half of the units": (700, []),
+                "half of the units, SET": (720, ["--dynamic_sparsity.grow=random"]),
+                "half of the units, never moved": (720, ["--dynamic_sparsity.drop=0.0"]),
+                "a quarter of the units": (1_320, ["--dynamic_sparsity.density=0.25"]),
+                "half of the neurons, all heads": (540, ["--dynamic_sparsity.units=neurons"]),
+                "a fifth of the weights, RigL": (600, weights("density=0.2")),
+                "a fifth of the weights, uniform": (600, weights("density=0.2", "distribution=uniform")),
+                "a fifth of the weights, SET": (600, weights("density=0.2", "grow=random")),
+            },
         ),
     },
     "bert_token_skip": {

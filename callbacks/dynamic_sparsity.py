@@ -101,6 +101,7 @@ class DynamicSparsity(Technique):
         distribution: All layers alike (``"uniform"``), or by the Erdos-Renyi-kernel rule (``"erk"``), which is the
             default for weights and blocks (Evci et al. 2020, section 3).
         drop: Share of the active ones that is exchanged by the first update (0.3 in RigL); it falls to 0 at ``until``.
+            With 0 the first choice, at random, lasts: a network that is smaller from the start.
         every: Optimizer steps from update to update (int), or a share of the run (float); by default 100 as in RigL, or
             4% of the run where that is less.
         until: Share of the run with updates (0.75 in RigL).
@@ -255,7 +256,8 @@ class DynamicSparsity(Technique):
         step = trainer.global_step
         if step != self._decided_at:
             self._decided_at = step
-            self._prepare(step > 0 and step % self._interval == 0 and progress(trainer) < self.until)
+            moves = self.drop > 0 and self.density < 1
+            self._prepare(moves and step > 0 and step % self._interval == 0 and progress(trainer) < self.until)
         for part in self._parts:
             if isinstance(part, Cells):
                 part.positions = 0
