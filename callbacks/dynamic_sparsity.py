@@ -28,7 +28,7 @@ __all__ = ["DynamicSparsity", "drop_and_grow", "drop_share", "swap_in_fours"]
 
 Granularity = Literal["unit", "weight", "block", "2:4"]
 _EVERY = 100  # steps between two updates in RigL, or in a short run this share of it
-_EVERY_OF_SHORT = 0.04
+_EVERY_OF_SHORT = 0.1
 
 
 def drop_share(done: float, drop: float, until: float) -> float:
@@ -103,7 +103,7 @@ class DynamicSparsity(Technique):
         drop: Share of the active ones that is exchanged by the first update (0.3 in RigL); it falls to 0 at ``until``.
             With 0 the first choice, at random, lasts: a network that is smaller from the start.
         every: Optimizer steps from update to update (int), or a share of the run (float); by default 100 as in RigL, or
-            4% of the run where that is less.
+            a tenth of the run where that is less.
         until: Share of the run with updates (0.75 in RigL).
         units: Which units: ``"all"`` that are found, ``"neurons"``, or ``"heads"``.
         tile: Side of the tiles of ``"block"``.
@@ -215,7 +215,10 @@ class DynamicSparsity(Technique):
         for part, count in zip(parts, counts, strict=True):
             if count < 1:
                 what = f"{len(part.active)} {part.kind if isinstance(part, UnitGroup) else 'weights or tiles'}"
-                raise ValueError(f"density={self.density} leaves none of the {what} of {part.name}; raise it")
+                least = f"{1 / len(part.active):.2g}"
+                raise ValueError(
+                    f"density={self.density} leaves none of the {what} of {part.name}; give {least} or more"
+                )
         return counts
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -225,6 +228,7 @@ class DynamicSparsity(Technique):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return  # what is masked is 0: the plain network is the sparse one
+        goes_on = {part.name: part.active.cpu() for part in self._parts} if trainer.global_step else {}
         self._parts, self._due = self._find(pl_module), False
         for part, count in zip(self._parts, self._counts(self._parts), strict=True):
             scores = self._random(part, 0, "first")
@@ -232,7 +236,8 @@ class DynamicSparsity(Technique):
                 chosen = scores.view(-1, 4).argsort(1)[:, :2] + 4 * torch.arange(len(scores) // 4)[:, None]
             else:
                 chosen = scores.argsort()[:count]
-            part.active = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, chosen.flatten(), True)
+            first = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, chosen.flatten(), True)
+            part.active = goes_on.get(part.name, first)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask the weights, now that a checkpoint has been read and the device is known."""

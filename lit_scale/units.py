@@ -131,21 +131,25 @@ class UnitGroup:
     # -- their weights ------------------------------------------------------------------------------------------------
 
     def magnitude(self) -> Tensor:
-        """2-norm of the weights that lead into and out of each unit, (units,)."""
-        return self._norms([one.weight.detach() for one in self.ins], self.out.weight.detach())
+        """2-norm of the weights that lead into each unit, times that of those that lead out of it, (units,).
+
+        The product is what a unit adds to the stream, but for its activation, and is 0 for one that has just grown.
+        """
+        into, out_of = self._squares([one.weight.detach() for one in self.ins], self.out.weight.detach())
+        return (into * out_of).sqrt()
 
     def growth(self) -> Tensor | None:
-        """2-norm of those weights' gradients, (units,); None where the layer did not run."""
-        gradients = [one.weight.grad for one in self.ins]
-        if self.out.weight.grad is None or None in gradients:
+        """2-norm of the gradient of all weights of each unit, (units,); None where the layer did not run."""
+        gradients = [one.weight.grad for one in self.ins if one.weight.grad is not None]
+        if self.out.weight.grad is None or len(gradients) < len(self.ins):
             return None
-        return self._norms(gradients, self.out.weight.grad)  # type: ignore[arg-type]
+        into, out_of = self._squares(gradients, self.out.weight.grad)
+        return (into + out_of).sqrt()
 
-    def _norms(self, into: Sequence[Tensor], out_of: Tensor) -> Tensor:
-        total = out_of.square().sum(0).cpu()[self.columns].sum(1)
-        for values, rows in zip(into, self.rows, strict=True):
-            total = total + values.square().sum(1).cpu()[rows].sum(1)
-        return total.sqrt()
+    def _squares(self, into: Sequence[Tensor], out_of: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares of what leads into and out of each unit, both (units,)."""
+        sums = [v.square().sum(1).cpu()[rows].sum(1) for v, rows in zip(into, self.rows, strict=True)]
+        return torch.stack(sums).sum(0), out_of.square().sum(0).cpu()[self.columns].sum(1)
 
     def masks(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Masks of all parameters of the units: rows (R, 1) with their biases (R,), and columns (1, C)."""

@@ -34,9 +34,15 @@ class Agreement(Callback):
         self.gaps: list[float] = []
         self.masks: list[torch.Tensor] = []
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            return  # gradients are being accumulated
+        self.step = trainer.global_step
         for part in self.sparsity._parts:
-            for parameter, mask in part.masks() if trainer.global_step > len(self.gaps) else ():
+            for parameter, mask in part.masks():
                 assert not parameter[~mask.expand_as(parameter)].any()
         own = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
         both = [torch.empty_like(own) for _ in range(trainer.world_size)]
