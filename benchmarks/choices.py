@@ -44,7 +44,10 @@ def main() -> None:
         own = [r for run, r in sorted(records.items(), key=lambda item: item[0].seed) if run.variant == variant]
         losses = [record["metrics"][preset.metric] for record in own]  # by seed
         flops = statistics.mean(record["flops"] for record in own)
-        rows.append({"variant": variant, "steps": steps, "flags": flags, "losses": losses, "flops": flops})
+        row = {"variant": variant, "steps": steps, "flags": flags, "losses": losses, "flops": flops}
+        if "sparse_flops" in own[0]:
+            row["sparse_flops"] = statistics.mean(record["sparse_flops"] for record in own)
+        rows.append(row)
     first = next(iter(records.values()))
     path = args.out / f"choices.{args.recipe}.{args.preset}.json"
     result = {

@@ -86,6 +86,11 @@ def token_dropping(**given: str | float) -> list[str]:
     return [f"--token_dropping.{name}={value}" for name, value in flags.items()]
 
 
+def weights(*flags: str) -> list[str]:
+    """Flags of dynamic sparsity by single weights, whose FLOPs are only theoretical: equal in steps to a baseline."""
+    return [f"--dynamic_sparsity.{flag}" for flag in ("granularity=weight", *flags)]
+
+
 # WebDataset shards of CIFAR-10, which recipes/write_shards.py writes (with --name test for those of cifar10-test).
 CIFAR10 = ["--data.source=data/cifar10/train-*.tar", "--data.val_source=data/cifar10/test-*.tar"]
 
@@ -227,6 +232,29 @@ PRESETS: dict[str, dict[str, Preset]] = {
             relative_cost=0.75,
             jobs=max(1, (os.cpu_count() or 1)),
             threads=1,
+        ),
+    },
+    "bert_dynamic_sparse": {
+        "cpu": Preset(
+            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+            lrs=[6.7e-4, 1e-3, 1.5e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[1_000, 600],
+            relative_cost=0.4,
+            jobs=max(1, (os.cpu_count() or 1)),
+            threads=1,
+            choices={
+                "a quarter of the units": (1_400, []),
+                "a quarter of the units, SET": (1_420, ["--dynamic_sparsity.grow=random"]),
+                "a quarter of the units, never moved": (1_420, ["--dynamic_sparsity.drop=0.0"]),
+                "a quarter of the units, moved each 4%": (1_310, ["--dynamic_sparsity.every=0.04"]),
+                "half of the units": (710, ["--dynamic_sparsity.density=0.5"]),
+                "a quarter of the neurons, all heads": (715, ["--dynamic_sparsity.units=neurons"]),
+                "a fifth of the weights, RigL": (600, weights("density=0.2")),
+                "a fifth of the weights, uniform": (600, weights("density=0.2", "distribution=uniform")),
+                "a fifth of the weights, SET": (600, weights("density=0.2", "grow=random")),
+            },
         ),
     },
     "bert_token_skip": {

@@ -127,7 +127,8 @@ def choices_table(result: dict[str, Any]) -> str:
     ]
     for row in result["variants"]:
         losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
-        lines.append(f"| {row['variant']} | {row['steps']:,} | {row['flops'] / 1e12:.2f} | {losses} |")
+        sparse = f" ({row['sparse_flops'] / 1e12:.2f} if zeros cost nothing)" if "sparse_flops" in row else ""
+        lines.append(f"| {row['variant']} | {row['steps']:,} | {row['flops'] / 1e12:.2f}{sparse} | {losses} |")
     return "\n".join(lines)
 
 

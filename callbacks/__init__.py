@@ -1,6 +1,7 @@
 """Callbacks: one technique a file, named after it."""
 
 from lit_scale.callbacks.batch_ramp import BatchRamp
+from lit_scale.callbacks.dynamic_sparsity import DynamicSparsity
 from lit_scale.callbacks.eight_bit_optimizer import EightBitOptimizer
 from lit_scale.callbacks.gradient_noise_scale import GradientNoiseScale
 from lit_scale.callbacks.importance_sampling import ImportanceSampling
@@ -20,6 +21,7 @@ __all__ = [
     "GradientNoiseScale",
     "LargeBatch",
     "ImportanceSampling",
+    "DynamicSparsity",
     "MaskedTokenSkip",
     "PatchDropping",
     "ProgressiveStacking",

@@ -249,6 +249,9 @@ class ProgressiveStacking(Technique):
             for average in self._averages(trainer):
                 average.copy(source, target)
         transfer_state(trainer.optimizers, pairs, self.moments)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, Technique):
+                other.on_copy(pairs)
         self._stage += 1
         self._activate(trainer, self._stage)
         self._share_gradients(trainer, pl_module)

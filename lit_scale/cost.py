@@ -153,7 +153,7 @@ class CostMeter(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's time while the shape is new."""
-        self._finish()
+        self._finish(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -165,7 +165,7 @@ class CostMeter(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's time while the shape is new."""
-        self._finish()
+        self._finish(trainer)
         self._end = 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,6 +191,7 @@ class CostMeter(Callback):
                 self._count_flops(key)
                 return
             ledger.flops[key] = flops_of(trainer, pl_module, batch, kind)
+            self._count_skipped(trainer, key)
         timings = ledger.timings.setdefault(key, [])
         self._timed = len(timings) < _SAMPLES
         if self._timed:
@@ -208,7 +209,12 @@ class CostMeter(Callback):
         counter = self._counting.enter_context(FlopCounterMode(display=False))
         self._counting.callback(lambda: self.ledger.flops.update({key: int(counter.get_total_flops())}))
 
-    def _finish(self) -> None:
+    def _count_skipped(self, trainer: Trainer, key: Key) -> None:
+        skipped = sum(technique.skipped_flops() for technique in _techniques(trainer))
+        if skipped and dict(key)["kind"] == "train":
+            self.ledger.skipped[key] = skipped
+
+    def _finish(self, trainer: Trainer) -> None:
         key, self._current = self._current, None
         if key is None:
             return
@@ -216,6 +222,7 @@ class CostMeter(Callback):
         if self._counting is not None:
             self._counting.close()
             self._counting = None
+            self._count_skipped(trainer, key)
         elif self._timed or compiled:
             _synchronize()
             seconds = time.perf_counter() - self._start - self._aside

@@ -37,6 +37,7 @@ class Ledger:
     def __init__(self) -> None:
         self.counts: dict[Key, int] = {}
         self.flops: dict[Key, int] = {}
+        self.skipped: dict[Key, int] = {}  # FLOPs that only a kernel for sparse matrices would leave out, if any
         self.timings: dict[Key, list[float]] = {}  # in-run seconds of a step
         self.waits: dict[Key, list[float]] = {}  # in-run seconds of waiting for a batch
         self.calibrated: dict[Key, float] = {}  # seconds by replay, at the end
@@ -112,13 +113,13 @@ class Ledger:
             "counts": self.counts,
             "stages": [stage["counts"] for stage in self.stages],
             "curve": [dict(point["counts"]) for point in self.curve],
-            "known": (self.flops, self.timings, self.waits),
+            "known": (self.flops, self.skipped, self.timings, self.waits),
         }
         tallies: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(tallies, tally)
         self._others = [other for rank, other in enumerate(tallies) if rank != trainer.global_rank]
         for other in self._others:
-            known: list[dict[Key, Any]] = [self.flops, self.timings, self.waits]
+            known: list[dict[Key, Any]] = [self.flops, self.skipped, self.timings, self.waits]
             for mine, theirs in zip(known, other["known"], strict=True):
                 mine.update({key: value for key, value in theirs.items() if key not in mine})
 
@@ -141,6 +142,7 @@ class Ledger:
         return {
             "counts": list(self.counts.items()),
             "flops": list(self.flops.items()),
+            "skipped": list(self.skipped.items()),
             "timings": list(self.timings.items()),
             "waits": list(self.waits.items()),
             "charges": self.charges,
@@ -151,6 +153,7 @@ class Ledger:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
         self.counts, self.flops = dict(state_dict["counts"]), dict(state_dict["flops"])
+        self.skipped = dict(state_dict.get("skipped", ()))
         self.timings, self.waits = dict(state_dict["timings"]), dict(state_dict["waits"])
         self.charges, self.curve = dict(state_dict["charges"]), list(state_dict["curve"])
         self.stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
@@ -163,10 +166,13 @@ class Ledger:
             cost = self.price(self._all_ranks(dict(point["counts"]), "curve", index))
             cost["reference_seconds"] += point["charged_seconds"]
             curve.append({k: v for k, v in point.items() if k not in ("counts", "charged_seconds")} | cost)
-        counts = self._all_ranks(self.counts)
+        counts, totals = self._all_ranks(self.counts), self.totals()
+        if self.skipped:
+            skipped = sum(n * self.skipped.get(key, 0) for key, n in counts.items())
+            totals["sparse_flops"] = totals["flops"] - skipped
         priced = dict.fromkeys(self.calibrated, 0) | dict(counts)  # a plain step is priced also where none was made
         return {
-            **self.totals(),
+            **totals,
             "metrics": self.curve[-1]["metrics"] if self.curve else {},
             "curve": curve,
             "stages": [

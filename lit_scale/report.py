@@ -96,6 +96,11 @@ def saving_line(record: dict[str, Any]) -> str:
             f"{_change(-saved['reference_seconds'])} reference seconds",
             "(at equal steps, not equal loss; for that there is benchmarks/savings.py)",
         ]
+    if "sparse_flops" in record:
+        lines.append(
+            f"a kernel that leaves zeros out would make {amount(record['sparse_flops'])} of the "
+            f"{amount(record['flops'])} FLOPs; none is used, so no time is saved by them"
+        )
     value, entropy = record["metrics"].get(_LOSS), record.get("unigram_entropy")
     if value is not None and entropy:
         side = "below" if value <= entropy else "above"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -139,6 +140,13 @@ class Technique(Callback):
 
     def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
         """Bring the model into the state that ``shape`` (of an earlier :meth:`step_shape`) was told in."""
+
+    def skipped_flops(self) -> int:
+        """FLOPs of the training step at work that only a kernel for sparse matrices would leave out."""
+        return 0
+
+    def on_copy(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Let what this technique keeps per parameter follow another one's copies, as (source, target)."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything is trained, what the technique cannot work with."""

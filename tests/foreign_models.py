@@ -68,6 +68,19 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 }
 
 
+def slots(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's tensors of the parameter's shape, those of 8 bits decoded block by block."""
+    found = {}
+    for name, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if value.dtype == torch.uint8:
+                table, scales = (optimizer.state[parameter][name.replace("state", part)] for part in ("qmap", "absmax"))
+                value = table[value.long()].flatten() * scales.repeat_interleave(256)[: value.numel()]
+                value = value.view(parameter.shape)
+            found[name] = value.clone()
+    return found
+
+
 class _Indexed(Dataset[dict[str, Tensor]]):
     """Sample i is a function of i alone."""
 

@@ -17,6 +17,7 @@ import lit_scale.callbacks
 import lit_scale.cost
 from lit_scale.callbacks import (
     BatchRamp,
+    DynamicSparsity,
     EightBitOptimizer,
     ImportanceSampling,
     LargeBatch,
@@ -45,6 +46,7 @@ MAKE: dict[type[Technique], Callable[[], Technique]] = {
     EightBitOptimizer: EightBitOptimizer,
     LargeBatch: lambda: LargeBatch(2, lr=0.02),
     ImportanceSampling: lambda: ImportanceSampling(2, threshold=0.0, look_every=1),
+    DynamicSparsity: lambda: DynamicSparsity(0.5, every=2),
     MaskedTokenSkip: MaskedTokenSkip,
     PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
@@ -97,6 +99,7 @@ WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], An
     EightBitOptimizer: (wide, lambda: loader("bert"), {}),
     LargeBatch: (lambda seed: build("torch_encoder", seed=seed), lambda: loader("torch_encoder"), {}),
     ImportanceSampling: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
+    DynamicSparsity: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
     PatchDropping: (viewer, pictures, {}),
     ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),

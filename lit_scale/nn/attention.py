@@ -44,9 +44,11 @@ class RotaryPositions(nn.Module):
         """Rotate queries or keys ``x`` (B, T, H, D), which stand at ``positions`` (B, T), else at 0 to T - 1."""
         length = x.shape[1]
         check_length(length, self.cos.shape[0])
-        cos, sin = self.cos[:length], self.sin[:length]
-        if positions is not None:
-            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, H, D)
+        cos, sin = self.cos[:, : x.shape[2]], self.sin[:, : x.shape[2]]  # some heads may be left out
+        if positions is None:
+            cos, sin = cos[:length], sin[:length]  # (T, H, D)
+        else:
+            cos, sin = cos[positions], sin[positions]  # (B, T, H, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))  # in place: both products are new
 
@@ -83,6 +85,7 @@ class Attention(nn.Module):
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
+        self.head_dim = width // num_heads
         self.dropout = dropout
         self.causal = causal
         self.rotary = rotary
@@ -94,8 +97,8 @@ class Attention(nn.Module):
 
         ``positions`` (B, T), ascending, are those of the tokens in their sequence, where they are not all of it.
         """
-        batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.unbind(2)  # each (B, T, H, D); unbound here, their gradients need one copy, not two
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)

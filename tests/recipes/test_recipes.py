@@ -16,6 +16,7 @@ TEXT = [*NETWORK, "--data.sequence_length=16", "--data.batch_size=4", "--data.ma
 IMAGES = [*NETWORK, "--data.image_size=16", "--data.batch_size=8", "--data.max_val_images=32"]
 DECODER = ["--model.decoder_depth=1", "--model.decoder_width=8", "--model.decoder_heads=2"]
 FLAGS = {
+    "bert_dynamic_sparse": [*TEXT, "--dynamic_sparsity.density=0.5"],
     "gpt_length_warmup": TEXT,
     "vit_patch_dropping": IMAGES,
     "vit_resolution_growing": IMAGES,
