@@ -148,6 +148,7 @@ class DynamicSparsity(Technique):
         self._due = False  # an update follows the step at work
         self._dense = False  # that step took the dense gradient
         self._ended = False  # training has; steps are only replayed
+        self._off = False  # the clock prices a dense step
         self._growth: dict[str, Tensor] = {}  # scores of the step at work, by layer
         self._drawn: dict[str, list[Tensor]] = {}  # weights leading into units that may grow
         self._handles: list[Any] = []
@@ -269,6 +270,8 @@ class DynamicSparsity(Technique):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the scores from the dense gradient, then let it be that of the sparse network, before it is clipped."""
+        if self._off:
+            return
         if self._growing:
             self._growth = {part.name: score for part in self._parts if (score := part.growth()) is not None}
             if self.granularity == "unit":
@@ -336,6 +339,8 @@ class DynamicSparsity(Technique):
 
     def _after_step(self, trainer: Trainer) -> None:
         """Behind the optimizer, whichever it is, and before anybody averages or saves the weights."""
+        if self._off:
+            return
         due, self._due = self._due, False
         self._masks.zero_weights()
         self._masks.zero_codes(trainer.optimizers)
@@ -400,15 +405,22 @@ class DynamicSparsity(Technique):
 
     def is_plain(self) -> bool:
         """Nothing is left out."""
-        return self.density == 1.0
+        return self._off or self.density == 1.0
+
+    def plain_shape(self) -> dict[str, Any]:
+        """All weights are there."""
+        return {"density": 1.0, "growing": False}
 
     def step_shape(self) -> dict[str, Any]:
         """The density, and whether the dense gradient is needed."""
-        return {"density": self.density, "growing": self._growing}
+        return {"density": 1.0 if self._off else self.density, "growing": self._growing}
 
     def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
         """Let all units be present, or not, as in an earlier step."""
+        self._off = shape["density"] != self.density
         self._prepare(shape["growing"])
+        if self._off and self.granularity == "unit":
+            self._show(everything=True)
 
     def skipped_flops(self) -> int:
         """FLOPs that only a kernel for sparse matrices would leave out: forward, and both gradients."""
