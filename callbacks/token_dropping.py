@@ -9,51 +9,40 @@ What a block costs falls with the tokens that it keeps, and its attention faster
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.datamodules.loader import derive_seed
+from lit_scale.running_loss import RunningLoss
 from lit_scale.technique import Technique, averages, progress
-from lit_scale.tokens import TokenSpan, highest, late_span, mark_late, random_scores, release_tokens
+from lit_scale.tokens import (
+    DrawnPositions,
+    GivenPositions,
+    TokenSpan,
+    highest,
+    late_span,
+    mark_late,
+    release_tokens,
+)
 from lit_scale.wrapping import wrap
 
-__all__ = ["TokenDropping", "growing_share", "running_loss"]
+__all__ = ["TokenDropping", "growing_share"]
 
 Drop = Literal["easy", "masked", "random"]
 Count = int | float  # int first: flags are read as the first type that fits
 
-_UNSEEN = 10.0  # running loss of a token that has not been predicted yet (Hou et al.'s code)
 #: Of every kind: share of the tokens kept, blocks before and behind the span, share of the run until all are kept.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "easy": {"keep": 0.5, "before": 0.5, "after": 1, "until": 1.0},  # 256 of 512, layers L/2 to L - 2, in Hou et al.
     "masked": {"keep": None, "before": 0, "after": 0.25, "until": 1.0},  # "a few layers" gather, in Liao et al.
     "random": {"keep": 0.0625, "before": 1, "after": 1, "until": 0.75},  # 128 of 2048, in random-LTD's documentation
 }
-
-
-def running_loss(table: Tensor, sums: Tensor, counts: Tensor, beta: float) -> Tensor:
-    """The moving average of each token's loss after a step: tokens that were not predicted keep theirs.
-
-    Args:
-        table: Averages before the step, (V,).
-        sums: Sum of the losses of each token in this step, over all its occurrences, (V,).
-        counts: Number of the occurrences, (V,).
-        beta: Weight of the past.
-
-    Example:
-        >>> table, sums, counts = torch.tensor([10.0, 10.0]), torch.tensor([6.0, 0.0]), torch.tensor([3.0, 0.0])
-        >>> running_loss(table, sums, counts, beta=0.5)
-        tensor([ 6., 10.])
-    """
-    return torch.where(counts > 0, beta * table + (1 - beta) * (sums / counts.clamp(min=1)).to(table.dtype), table)
 
 
 def growing_share(progress: float, keep: float, until: float, stages: int) -> float:
@@ -65,51 +54,6 @@ def growing_share(progress: float, keep: float, until: float, stages: int) -> fl
     """
     stage = min(stages, int(progress / until * stages + 1e-9))
     return round(keep + (1.0 - keep) * stage / stages, 6)
-
-
-class _Given:
-    """The positions that were chosen from the batch, for all blocks of the span."""
-
-    def __init__(self, required: bool) -> None:
-        self.required = required
-        self.kept: Tensor | None = None
-        self.length = 0
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        if self.kept is None:
-            if self.required:
-                raise RuntimeError(
-                    "the masked positions of this network join late, so it has to be told them: run it through a "
-                    "Trainer with callbacks=[TokenDropping('masked')], or call release_tokens to let all tokens run "
-                    "through all blocks from now on"
-                )
-            return None
-        if x.shape[:2] != (self.kept.shape[0], self.length):
-            raise ValueError(
-                f"the blocks get (batch, tokens) {tuple(x.shape[:2])}, the batch's input_ids are "
-                f"{(self.kept.shape[0], self.length)}; tokens can be chosen from a batch only where they are the same"
-            )
-        return self.kept
-
-    def set(self, kept: Tensor, length: int) -> None:
-        """Keep these positions (B, K) of sequences of this length."""
-        self.kept, self.length = kept, length
-
-
-class _Drawn:
-    """Positions drawn at random, anew for each block."""
-
-    def __init__(self, prefix: int) -> None:
-        self.prefix, self.share = prefix, 1.0
-        self.seed: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        if self.seed is None:
-            return None
-        size, length = x.shape[:2]
-        scores = random_scores(self.seed, size, length)
-        scores = torch.where(torch.arange(length, device=x.device) < self.prefix, 2**60, scores)
-        return highest(scores, max(self.prefix, 1, round(self.share * length)))
 
 
 class TokenDropping(Technique):
@@ -183,14 +127,13 @@ class TokenDropping(Technique):
         self._check_arguments()
         self._share = 1.0  # of the tokens, at this step; masked positions are not counted by it
         self._decided_at = -1
-        self._given = _Given(required=drop == "masked")
-        self._drawn: list[_Drawn] = []
+        self._given = GivenPositions(required=drop == "masked")
+        self._drawn: list[DrawnPositions] = []
         self._spans: list[TokenSpan] = []
         self._spanned: tuple[int, ...] = ()  # active blocks that the spans were laid over
         self._unwrap: list[Callable[[], None]] = []  # give the module's methods back
-        self._table: Tensor | None = None  # (V,) running losses
-        self._bonus: Tensor | None = None  # (V,) infinite for tokens that are always kept
-        self._seen: Tensor | None = None  # (2, V) sums and counts of losses since the last optimizer step
+        self._losses: RunningLoss | None = None
+        self._table: Tensor | None = None  # (V,) running losses of a checkpoint
         self._recording = False  # a training step is at work whose losses count
         self._asked = False  # it has asked for the losses of its tokens
         self._ended = False  # training has; steps are only replayed
@@ -269,7 +212,7 @@ class TokenDropping(Technique):
         if self.drop == "masked" or stage == "fit":
             self._lay(pl_module)
         if stage == "fit":
-            self._table = None
+            self._table = self._losses = None
             self._wrap(trainer, pl_module, "training_step")
         if self.drop == "easy" and stage == "fit":
             self._wrap_losses(pl_module)
@@ -298,11 +241,7 @@ class TokenDropping(Technique):
         """Take up the running losses, now that a checkpoint has been read and the device is known."""
         self._decided_at = -1
         if self.drop == "easy":
-            table = torch.full((self._size,), _UNSEEN) if self._table is None else self._table
-            self._table = table.to(pl_module.device)
-            self._bonus = torch.zeros_like(self._table)
-            self._bonus[self._special] = math.inf
-            self._seen = torch.zeros(2, self._size, dtype=torch.float64, device=pl_module.device)
+            self._losses = RunningLoss(self._size, self._special, self.beta, pl_module.device, self._table)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decide, once per optimizer step, which share of the tokens is kept."""
@@ -320,14 +259,11 @@ class TokenDropping(Technique):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Bring the running losses up to date with those of all ranks; before anybody saves."""
-        if self._seen is None or self._table is None or self._share == 1.0:
+        if self._losses is None or self._share == 1.0:
             return
-        if trainer.world_size > 1:
-            dist.all_reduce(self._seen)
-        table = running_loss(self._table, self._seen[0], self._seen[1], self.beta)
-        self._seen.zero_()
+        table = self._losses.updated(trainer.world_size)
         if not self._ended:  # a step that is only replayed, to be timed, costs as much and leaves no trace
-            self._table = table
+            self._losses.table = table
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Whatever runs between two batches uses all tokens."""
@@ -358,7 +294,7 @@ class TokenDropping(Technique):
         middle = active[slice(*self._range(len(active)))]
         if self.drop == "random":
             prefix = leading_tokens(pl_module) if self.prefix is None else self.prefix
-            self._drawn = [_Drawn(prefix) for _ in middle]
+            self._drawn = [DrawnPositions(prefix) for _ in middle]
             self._spans = [TokenSpan(self._stack, [b], drawn) for b, drawn in zip(middle, self._drawn, strict=True)]
         elif middle:
             self._spans = [TokenSpan(self._stack, middle, self._given)]
@@ -393,16 +329,14 @@ class TokenDropping(Technique):
 
         def per_token_loss(method: Callable[..., Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
             losses = method(batch, *args, **kwargs)
-            if self._recording and self._seen is not None:
+            if self._recording and self._losses is not None:
                 self._asked, labels = True, _entry(batch, "labels", self.drop)
                 if losses.shape != labels.shape:
                     raise ValueError(
                         f"per_token_loss returned {tuple(losses.shape)} for labels {tuple(labels.shape)}; return the "
                         "loss of each label, not reduced"
                     )
-                counted = (labels >= 0).flatten().to(self._seen.dtype)
-                both = torch.stack([losses.detach().flatten().to(self._seen.dtype) * counted, counted])
-                self._seen.index_add_(1, labels.clamp(min=0).flatten(), both)
+                self._losses.note(labels, losses)
             return losses
 
         self._unwrap.append(wrap(pl_module, "per_token_loss", per_token_loss))
@@ -419,12 +353,9 @@ class TokenDropping(Technique):
         elif self._share == 1.0:
             return
         elif self.drop == "easy":
-            assert self._table is not None
-            assert self._bonus is not None
-            ids = _entry(batch, "input_ids", self.drop)
-            scores = (self._table + self._bonus)[ids]
-            if isinstance(seen := batch.get("attention_mask"), Tensor):
-                scores = scores.masked_fill(seen == 0, -math.inf)
+            assert self._losses is not None
+            ids, seen = _entry(batch, "input_ids", self.drop), batch.get("attention_mask")
+            scores = self._losses.scores(ids, seen if isinstance(seen, Tensor) else None)
             self._given.set(highest(scores, max(1, round(self._share * ids.shape[1]))), ids.shape[1])
         else:
             counter, device = trainer.fit_loop.total_batch_idx, pl_module.device
@@ -453,7 +384,8 @@ class TokenDropping(Technique):
 
     def state_dict(self) -> dict[str, Any]:
         """The running losses, the same on all ranks."""
-        return {} if self._table is None else {"running_loss": self._table.cpu()}
+        table = self._table if self._losses is None else self._losses.table
+        return {} if table is None else {"running_loss": table.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the running losses of a checkpoint."""

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from lit_scale.blocks import find_blocks
 from lit_scale.callbacks import ProgressiveStacking, TokenDropping
-from lit_scale.callbacks.token_dropping import growing_share, running_loss
+from lit_scale.callbacks.token_dropping import growing_share
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
+from lit_scale.running_loss import running_loss
 from lit_scale.tokens import release_tokens
 from tests.foreign_models import (
     LENGTH,
