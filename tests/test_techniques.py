@@ -163,6 +163,49 @@ def test_a_ramp_goes_along_with_the_others(others: list[type[Technique]], tmp_pa
         assert all(map(torch.equal, whole, fit(1, tmp_path / "saved" / f"step={stop}.ckpt"))), stop
 
 
+def going_along() -> list[Any]:
+    """Every other pair of techniques that is not refused."""
+    pairs = itertools.combinations([kind for kind in MAKE if kind is not ProgressiveStacking], 2)
+    allowed = [(a, b) for a, b in pairs if a.factor != b.factor or a.__name__ in b.shares_with]
+    pairs_in_order = [(b, a) if b is LargeBatch else (a, b) for a, b in allowed]  # whoever replaces the optimizer
+    return [pytest.param(a, b, id=f"{a.__name__}-{b.__name__}") for a, b in pairs_in_order]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("one", "other"), going_along())
+def test_they_go_along(one: type[Technique], other: type[Technique], tmp_path: Path) -> None:
+    factors = ["tokens", "samples", "weights", "bytes", "steps"]  # the first is the pickiest about its network
+    make, data, _ = WITH_STACKING[min(one, other, key=lambda kind: factors.index(kind.factor))]
+
+    def fit(seed: int, resume: Path | None = None) -> list[torch.Tensor]:
+        made = MAKE | {RhoLoss: lambda: RhoLoss(make(9), share=0.5)}
+        if other is SequenceLengthWarmup:  # GPT-2's layers are no nn.Linear, whose units could be left out
+            made |= {DynamicSparsity: lambda: DynamicSparsity(0.5, granularity="weight", every=2)}
+        techniques = [made[kind]() for kind in (one, other)]
+        saver = [] if resume else [save_every_step(tmp_path / "saved")]
+        callbacks = [StepSeed(), *techniques, *saver]
+        trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=callbacks, enable_checkpointing=not resume)
+        module = make(seed)
+        trainer.fit(module, data(), ckpt_path=resume)
+        assert trainer.global_step == STEPS
+        states = trainer.optimizers[0].state_dict()["state"].values()
+        return [*module.state_dict().values(), *leaves(list(states))]
+
+    whole = fit(0)
+    assert all(map(torch.equal, whole, fit(1, tmp_path / "saved" / "step=4.ckpt")))
+
+
+def test_the_card_says_who_goes_along_with_whom() -> None:
+    kinds = sorted(MAKE, key=lambda kind: (kind.factor, kind.__name__))
+    lines = ["| technique | lowers | refused beside it |", "|---|---|---|"]
+    for kind in kinds:
+        same = [other for other in kinds if other is not kind and other.factor == kind.factor]
+        refused = [other.__name__ for other in same if other.__name__ not in kind.shares_with]
+        lines.append(f"| `{kind.__name__}` | {kind.factor} | {', '.join(f'`{name}`' for name in refused) or 'none'} |")
+    card = (Path(__file__).parents[1] / "docs" / "all_in_one.md").read_text()
+    assert "\n".join(lines) in card, "\n".join(lines)
+
+
 def leaves(states: list[Any]) -> list[torch.Tensor]:
     return [torch.as_tensor(leaf) for leaf in torch.utils._pytree.tree_leaves(states)]
 
