@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -414,3 +415,20 @@ def test_it_goes_along_with_growing_depth(tmp_path: Path) -> None:
     stacking = ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])
     found = fit(image_model("timm"), sized_loader(), tmp_path, before=[stacking])
     assert found["watch"].trained == [4] * STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choosing", [ALWAYS, NEVER | {"look_every": 2}], ids=["open", "closed"])
+def test_a_compiled_network_trains_as_the_plain_one(choosing: dict[str, Any], tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = image_model("by_hand", dropout=0.0, optimizer=OPTIMIZERS["SGD"])
+    compiled.net = torch.compile(compiled.net, backend="aot_eager", dynamic=False)
+    plain = image_model("by_hand", dropout=0.0, optimizer=OPTIMIZERS["SGD"])
+    one, other = (fit(module, sized_loader(), tmp_path, choosing=choosing) for module in (compiled, plain))
+    assert one["watch"].brought == other["watch"].brought
+    torch.testing.assert_close(one["watch"].losses, other["watch"].losses, rtol=1e-4, atol=1e-5)
+    assert one["choosing"].tau == pytest.approx(other["choosing"].tau, rel=1e-4)
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+    # trained, looked at or scored, and evaluated: one graph each, and none for every step
+    assert torch._dynamo.utils.counters["frames"]["total"] <= 4

@@ -241,6 +241,16 @@ def test_training_changes_with_the_epoch_and_validation_does_not(build: Build) -
     assert not torch.equal(*by_row)
 
 
+@pytest.mark.parametrize("mask_rate", [0.15, 0.0])
+def test_a_batch_across_the_end_of_an_epoch_is_that_of_its_two_parts(build: Build, mask_rate: float) -> None:
+    sequences = build(mask_rate=mask_rate).train_set
+    keys = [(0, 3, None), (0, 1, None), (1, 1, None), (1, 0, None), (1, 4, None)]
+    whole, parts = sequences.__getitems__(keys), [sequences.__getitems__(own) for own in (keys[:2], keys[2:])]
+    assert equal([whole], [{name: torch.cat([part[name] for part in parts]) for name in whole}])
+    if mask_rate:
+        assert not torch.equal(whole["positions"][1], whole["positions"][2])  # one sequence, in two epochs
+
+
 def test_workers_make_the_same_batches(build: Build) -> None:
     alone, helped = build(), build(num_workers=2)
     for epoch_of in (TextDataModule.train_dataloader, TextDataModule.val_dataloader):
