@@ -147,6 +147,7 @@ class DynamicSparsity(Technique):
         self._decided_at = -1
         self._due = False  # an update follows the step at work
         self._dense = False  # that step took the dense gradient
+        self._everything = False  # all units are present
         self._ended = False  # training has; steps are only replayed
         self._off = False  # the clock prices a dense step
         self._growth: dict[str, Tensor] = {}  # scores of the step at work, by layer
@@ -242,7 +243,7 @@ class DynamicSparsity(Technique):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask the weights, now that a checkpoint has been read and the device is known."""
-        self._decided_at, self._due, self._ended = -1, False, False
+        self._decided_at, self._due, self._ended, self._everything = -1, False, False, False
         self._interval = self._steps_between(trainer)
         self._masks = WeightMasks(pl_module)
         for part in self._parts:
@@ -263,7 +264,11 @@ class DynamicSparsity(Technique):
         if step != self._decided_at:
             self._decided_at = step
             moves = self.drop > 0 and self.density < 1
-            self._prepare(moves and step > 0 and step % self._interval == 0 and progress(trainer) < self.until)
+            if moves and step > 0 and step % self._interval == 0 and progress(trainer) < self.until:
+                with charge(trainer, "mask update"):
+                    self._prepare(True)
+            else:
+                self._prepare(False)
         for part in self._parts:
             if isinstance(part, Cells):
                 part.positions = 0
@@ -330,8 +335,10 @@ class DynamicSparsity(Technique):
         self._show(everything=self._growing)
 
     def _show(self, everything: bool) -> None:
-        for part in cast(list[UnitGroup], self._parts):
-            part.show(None if everything else part.active)
+        if everything != self._everything:
+            self._everything = everything
+            for part in cast(list[UnitGroup], self._parts):
+                part.show(None if everything else part.active)
 
     def _mask(self, part: Cells | UnitGroup) -> None:
         for parameter, mask in part.masks():
@@ -376,8 +383,11 @@ class DynamicSparsity(Technique):
         parts = {part.key: part for part in self._parts}
         for source, target in pairs:
             if source in parts and target in parts:
-                parts[target].active = parts[source].active.clone()
-                self._mask(parts[target])
+                part = parts[target]
+                part.active = parts[source].active.clone()
+                self._mask(part)
+                if isinstance(part, UnitGroup) and not self._everything:
+                    part.show(part.active)
         self._masks.zero_weights()
         self._prepare(self._due)
 

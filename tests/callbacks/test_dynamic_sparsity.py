@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
@@ -492,6 +493,27 @@ def test_copied_blocks_have_the_masks_of_their_originals(kind: str, tmp_path: Pa
         for name, active in masks.items():
             if (source := name.replace("blocks.2", "blocks.0").replace("blocks.3", "blocks.1")) != name:
                 assert torch.equal(active, masks[source]) is (step >= 4) or active.numel() == 2
+
+
+# ---- compiled
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["encoder", "blocks"])
+def test_a_compiled_network_trains_as_the_plain_one(whole: bool, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    results, flops = [], []
+    for compiled in (False, True):
+        module, meter = tiny_bert(dropout=0.0), CostMeter(repeats=0)
+        for part in ([module.encoder] if whole else module.encoder.blocks) if compiled else ():
+            part.compile(backend="eager")
+        before = torch._dynamo.utils.counters["frames"]["ok"]
+        quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[sparse("unit"), meter]).fit(module, loader("bert"))
+        results.append(module.state_dict())
+        flops.append(meter.totals()["flops"])
+    assert same(*results)
+    assert flops[0] == flops[1]
+    # once with some of the units and once with all, whichever they are
+    assert torch._dynamo.utils.counters["frames"]["ok"] - before == 2 * (1 if whole else DEPTH)
 
 
 # ---- the clock
