@@ -66,7 +66,7 @@ class GradientNoiseScale(Callback):
         if not 0.0 <= smoothing < 1.0:
             raise ValueError(f"smoothing={smoothing} is not in [0, 1)")
         self.smoothing = smoothing
-        self.signal = self.noise = torch.zeros((), dtype=torch.float64)  # |G|^2 and S, sums that _weight is to divide
+        self.signal = self.noise = torch.zeros(())  # |G|^2 and S, sums that _weight is to divide
         self._weight = 0.0
         self._batch = 0  # samples of the latest step
         self._hooks: list[Any] = []
@@ -139,7 +139,8 @@ class GradientNoiseScale(Callback):
 
     def _listen(self, gradient: Tensor) -> None:
         if self._watching:
-            square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double().square()
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            square = torch.linalg.vector_norm(gradient.detach(), dtype=wide).float().square()
             self._seen = square if self._seen is None else self._seen + square
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,7 +162,7 @@ class GradientNoiseScale(Callback):
             dist.all_reduce(small)
             small = small / ranks
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        large = torch.nn.utils.get_total_norm(gradients).double().square()
+        large = torch.nn.utils.get_total_norm(gradients).float().square()
         self._batch = self._samples * window * ranks
         signal, noise = signal_and_noise(small, large, self._samples, self._batch)
         if scaler is not None and not bool(signal.isfinite() & noise.isfinite()):

@@ -143,7 +143,7 @@ def make_eight_bit(
         raise ValueError(
             f"optimizer={name!r}: bitsandbytes {_version()} makes no 8-bit update here "
             f"({type(error).__name__}: {error}); use optimizer={plain!r}, or train on a CUDA device, or on a CPU "
-            "with a newer bitsandbytes"
+            "with bitsandbytes 0.50 or later"
         ) from error
     if name == "lamb8bit":
         clip = options.pop("max_grad_norm", 1.0)

@@ -137,7 +137,9 @@ def test_it_goes_along_with_progressive_stacking(kind: type[Technique], order: i
 
 
 @pytest.mark.parametrize(
-    "others", [[SequenceLengthWarmup], [EightBitOptimizer], [LargeBatch, EightBitOptimizer]], ids=str
+    "others",
+    [[SequenceLengthWarmup], [EightBitOptimizer], [LargeBatch, EightBitOptimizer]],
+    ids=lambda kinds: "-".join(kind.__name__ for kind in kinds),
 )
 def test_a_ramp_goes_along_with_the_others(others: list[type[Technique]], tmp_path: Path) -> None:
     """They see the progress of a run whose steps change, and the ramp that of a run whose batch is multiplied."""

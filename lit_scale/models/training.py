@@ -62,6 +62,14 @@ class Scheduled(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on training without a technique that the checkpoint was trained with."""
-        if self._trainer is not None:
-            check_techniques(self._trainer, checkpoint)
+        """Refuse to go on without a technique that the checkpoint was trained with, or with another optimizer."""
+        if self._trainer is None:
+            return
+        check_techniques(self._trainer, checkpoint)
+        own = self.hparams["optimizer"]
+        saved = checkpoint.get("hyper_parameters", {}).get("optimizer", own)
+        if self._trainer.state.fn == "fit" and saved != own:  # torch's would take the state, and fail at the first step
+            raise ValueError(
+                f"optimizer={own!r} cannot go on with the state of the checkpoint's {saved!r}; resume with the same "
+                "one, or start a new run"
+            )

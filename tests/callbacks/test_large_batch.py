@@ -105,6 +105,13 @@ def test_a_checkpoint_of_the_one_does_not_go_on_as_the_other(tmp_path: Path) -> 
         fit(tmp_path, EightBitOptimizer(embeddings=True), max_steps=4, resume=path)
 
 
+def test_one_optimizer_does_not_go_on_with_another_s_state(tmp_path: Path) -> None:
+    saver = save_every_step(tmp_path / "saved")
+    fit(tmp_path, saver, name="bert", build={"optimizer": "adamw8bit"}, max_steps=2, enable_checkpointing=True)
+    with pytest.raises(ValueError, match="optimizer='adamw' cannot go on with the state of .*'adamw8bit'; resume with"):
+        fit(tmp_path, name="bert", max_steps=4, resume=tmp_path / "saved" / "step=2.ckpt")
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
