@@ -164,7 +164,9 @@ class Ledger:
             cost["reference_seconds"] += point["charged_seconds"]
             curve.append({k: v for k, v in point.items() if k not in ("counts", "charged_seconds")} | cost)
         counts = self._all_ranks(self.counts)
-        priced = dict.fromkeys(self.calibrated, 0) | dict(counts)  # a plain step is priced also where none was made
+        priced = dict(counts) | {
+            key: 0 for key in self.calibrated if key not in counts
+        }  # a plain step none was made of
         return {
             **self.totals(),
             "metrics": self.curve[-1]["metrics"] if self.curve else {},
