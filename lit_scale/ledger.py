@@ -170,7 +170,7 @@ class Ledger:
         if self.skipped:
             skipped = sum(n * self.skipped.get(key, 0) for key, n in counts.items())
             totals["sparse_flops"] = totals["flops"] - skipped
-        priced = dict.fromkeys(self.calibrated, 0) | dict(counts)  # a plain step is priced also where none was made
+        unmade = {key: 0 for key in self.calibrated if key not in counts}  # a plain step that is only priced
         return {
             **totals,
             "metrics": self.curve[-1]["metrics"] if self.curve else {},
@@ -185,7 +185,7 @@ class Ledger:
                 dict(key)
                 | {"count": n, "flops_each": self.flops.get(key, 0), "seconds_each": self.seconds_each(key)}
                 | {"price": "replay" if key in self.calibrated else "run"}
-                for key, n in priced.items()
+                for key, n in (dict(counts) | unmade).items()
             ],
             "charges": {what: {"count": n, "seconds": seconds} for what, (n, seconds) in self.charges.items()},
             "validation": self.price(counts, "validate"),

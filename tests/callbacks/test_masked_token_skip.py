@@ -96,12 +96,15 @@ def test_both_hide_and_restore_the_same_pixels() -> None:
 
 
 def test_the_clock_counts_what_the_formula_says(tmp_path: Path) -> None:
-    each = {}
+    each: dict[bool | None, int] = {}
     for skip in (True, False):
         meter = CostMeter(repeats=1, filename=f"{skip}.json")
         train(tiny_mae(), tmp_path, *([MaskedTokenSkip()] if skip else []), meter, size=32, limit_val_batches=0)
-        (shape,) = json.loads((tmp_path / f"{skip}.json").read_text())["shapes"]
+        shape, *priced = json.loads((tmp_path / f"{skip}.json").read_text())["shapes"]
         assert shape["plain"] is not skip
+        assert [(other["plain"], other["count"]) for other in priced] == [(True, 0)] * skip  # a step without skipping
+        for other in priced:
+            each[None] = other["flops_each"]
         assert shape.get("encode_masked", True) is not skip
         assert shape["seconds_each"] > 0
         each[skip] = shape["flops_each"]
@@ -111,6 +114,7 @@ def test_the_clock_counts_what_the_formula_says(tmp_path: Path) -> None:
     blocks = 2 * 4 * (3 * (tokens - kept) * 24 * WIDTH**2 + 3.5 * (tokens**2 - kept**2) * 4 * WIDTH)
     projection = 3 * 2 * WIDTH * inner * (4 * (tokens - kept) - 1)
     assert each[False] - each[True] == blocks + projection
+    assert each[None] == each[False]
 
 
 def test_the_encoder_can_grow_meanwhile(tmp_path: Path) -> None:
