@@ -92,7 +92,7 @@ def same_weights(one: Path | str, other: Path | str) -> bool:
 def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The flags as they are read, without a run."""
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe("tiny", "", [], BertMLM, TextDataModule, ProgressiveStacking, DEFAULTS)
+    recipe = Recipe("tiny", "", [], BertMLM, TextDataModule, (ProgressiveStacking,), DEFAULTS)
     return lambda *args: RecipeCLI(recipe, ["--compare", *args]).config
 
 

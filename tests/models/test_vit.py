@@ -297,7 +297,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 def test_the_data_tell_the_model_size_and_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe("tiny", "", [], ViTClassifier, ImageDataModule, ProgressiveStacking, DEFAULTS)
+    recipe = Recipe("tiny", "", [], ViTClassifier, ImageDataModule, (ProgressiveStacking,), DEFAULTS)
     cli = RecipeCLI(recipe, ["--data.image_size=8", "--seed_everything=3", "--trainer.accelerator=cpu"])
     own = cli.model.hparams
     assert (own["image_size"], own["num_classes"], cli.datamodule.seed) == (8, 10, 3)
