@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lit_scale.blocks import find_blocks
 from lit_scale.cost import charge
 from lit_scale.datamodules.loader import derive_seed
+from lit_scale.schedules import number_or_share
 from lit_scale.technique import Technique, averages, progress
 from lit_scale.units import UnitGroup, UnitKind, find_units
 from lit_scale.weights import Cells, WeightMasks, erk_densities, find_matrices, pack_bits, unpack_bits, zero_slots
@@ -140,7 +141,8 @@ class DynamicSparsity(Technique):
     ) -> None:
         self.density, self.granularity, self.grow = density, granularity, grow
         self.distribution = distribution or ("erk" if granularity in ("weight", "block") else "uniform")
-        self.drop, self.every, self.until = drop, every, until
+        self.drop, self.until = drop, until
+        self.every = None if every is None else number_or_share(every)
         self.units, self.tile, self.layers, self.seed, self.blocks = units, tile, layers, seed, blocks
         self._check_arguments()
         self._interval = 1  # optimizer steps from update to update

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.datamodules.loader import derive_seed
 from lit_scale.running_loss import RunningLoss
+from lit_scale.schedules import number_or_share
 from lit_scale.technique import Technique, averages, progress
 from lit_scale.tokens import (
     DrawnPositions,
@@ -35,7 +36,7 @@ from lit_scale.wrapping import wrap
 __all__ = ["TokenDropping", "growing_share"]
 
 Drop = Literal["easy", "masked", "random"]
-Count = int | float  # int first: flags are read as the first type that fits
+Count = int | float
 
 #: Of every kind: share of the tokens kept, blocks before and behind the span, share of the run until all are kept.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -121,7 +122,8 @@ class TokenDropping(Technique):
         given = {"keep": keep, "before": before, "after": after, "until": until}
         chosen = {name: _DEFAULTS[drop][name] if value is None else value for name, value in given.items()}
         self.drop: Drop = drop
-        self.keep, self.before, self.after, self.until = chosen.values()
+        self.keep, self.until = chosen["keep"], chosen["until"]
+        self.before, self.after = number_or_share(chosen["before"]), number_or_share(chosen["after"])
         self.stages, self.beta, self.special_ids, self.prefix = stages, beta, special_ids, prefix
         self.seed, self.blocks = seed, blocks
         self._check_arguments()

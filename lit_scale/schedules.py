@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["RateScaling", "check_starts", "rate_factor", "rewarmup", "stage_at", "warmup_cosine"]
+__all__ = ["RateScaling", "check_starts", "number_or_share", "rate_factor", "rewarmup", "stage_at", "warmup_cosine"]
 
 RateScaling = Literal["linear", "sqrt", "none"]
 
@@ -45,6 +45,18 @@ def stage_at(progress: float, starts: Sequence[float]) -> int:
         [0, 0, 1, 2]
     """
     return bisect_right(starts, progress) - 1
+
+
+def number_or_share(amount: int | float) -> int | float:
+    """A number of things (int) or a share of them (float below 1): a whole float from 1 on is a number as well.
+
+    Command lines need this: of ``int | float`` a parser may try either first, since Python holds both orders for equal.
+
+    Example:
+        >>> [number_or_share(amount) for amount in (4, 4.0, 1.0, 0.5, 1.5)]
+        [4, 4, 1, 0.5, 1.5]
+    """
+    return int(amount) if isinstance(amount, float) and amount >= 1 and amount.is_integer() else amount
 
 
 def check_starts(stages: Sequence[tuple[float, int | float]], what: str) -> list[tuple[float, int | float]]:

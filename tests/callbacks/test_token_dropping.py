@@ -572,6 +572,11 @@ def test_a_compiled_network_recompiles_once_for_each_share(tmp_path: Path) -> No
 STAGES = [(0.0, 0.25), (0.25, 0.5), (0.625, 1.0)]  # 1, 2 and 4 blocks, from steps 0, 2 and 5
 
 
+def test_a_whole_number_of_blocks_is_one_however_it_was_read() -> None:
+    assert TokenDropping(before=4.0, after=1.0).settings() == TokenDropping(before=4, after=1).settings()
+    assert TokenDropping(before=0.5).before == 0.5
+
+
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_progressive_stacking_the_span_counts_the_active_blocks(kind: str, order: int, tmp_path: Path) -> None:
