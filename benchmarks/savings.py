@@ -75,6 +75,12 @@ class Preset:
     choices: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
 
+def on_cpu(flags: Iterable[str] = (), **options: Any) -> Preset:
+    """A preset whose runs have a core each."""
+    on_one = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
+    return Preset(flags=[*on_one, *flags], jobs=max(1, os.cpu_count() or 1), threads=1, **options)
+
+
 def stages(*growths: tuple[float, float]) -> list[str]:
     """Flag of progressive stacking: a quarter of the depth first, then as told."""
     return [f"--progressive_stacking.stages={json.dumps([[0.0, 0.25], *map(list, growths)])}"]
@@ -96,15 +102,12 @@ CIFAR10 = ["--data.source=data/cifar10/train-*.tar", "--data.val_source=data/cif
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "bert_progressive_stack": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+        "cpu": on_cpu(
             lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600, 1_200],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[750, 500],
             relative_cost=0.5,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
             choices={
                 "growth at 60% and 85%": (824, stages((0.6, 0.5), (0.85, 1.0))),
                 "growth at 50% and 75%": (700, stages((0.5, 0.5), (0.75, 1.0))),
@@ -138,27 +141,23 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "vit_resolution_growing": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
+        "cpu": on_cpu(
+            flags=[*CIFAR10, "--data.max_val_images=2000"],
             lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[900, 600],
             relative_cost=0.55,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
         ),
     },
     "vit_patch_dropping": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
+        "cpu": on_cpu(
+            flags=[*CIFAR10, "--data.max_val_images=2000"],
             lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[1_400, 900],
             relative_cost=0.35,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
             choices={
                 "half dropped, tuned for 5%": (900, ["--patch_dropping.fraction=0.5"]),
                 "half dropped, tuned for 20%": (776, ["--patch_dropping.fraction=0.5", "--patch_dropping.tune=0.2"]),
@@ -172,10 +171,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "mae_token_skip": {
-        "cpu": Preset(
+        "cpu": on_cpu(
             flags=[
-                "--trainer.accelerator=cpu",
-                "--trainer.devices=1",
                 "--data.source=data/cifar10/train-0000[0-3].tar",
                 CIFAR10[1],
                 "--data.max_val_images=2000",
@@ -185,28 +182,21 @@ PRESETS: dict[str, dict[str, Preset]] = {
             baseline_steps=[200, 400, 800],
             technique_steps=[600, 400],
             relative_cost=0.33,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
             accuracies=("linear_probe_accuracy", "fine_tune_accuracy"),
         ),
     },
     "vit_importance_sampling": {
         # heavy imbalance: nine of ten digits are zeros, which are easy after a few hundred steps
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+        "cpu": on_cpu(
             lrs=[1e-3, 2e-3, 4e-3],
             tune_steps=[2_000],
             baseline_steps=[1_000, 2_000, 4_000],
             technique_steps=[2_000, 1_300],
             relative_cost=2.0,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
         ),
         # ten equal classes, none of them easy: the gate stays closed, and that has to cost next to nothing
-        "cpu-plain": Preset(
+        "cpu-plain": on_cpu(
             flags=[
-                "--trainer.accelerator=cpu",
-                "--trainer.devices=1",
                 *CIFAR10,
                 "--data.imbalance=1",
                 "--data.augmentation=standard",
@@ -218,32 +208,24 @@ PRESETS: dict[str, dict[str, Preset]] = {
             baseline_steps=[300, 600, 1_200],
             technique_steps=[600],
             relative_cost=1.0,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
         ),
     },
     "gpt_length_warmup": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+        "cpu": on_cpu(
             lrs=[1e-3, 2e-3, 4e-3],
             tune_steps=[400],
             baseline_steps=[200, 400, 800],
             technique_steps=[600, 400],
             relative_cost=0.75,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
         ),
     },
     "bert_dynamic_sparse": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+        "cpu": on_cpu(
             lrs=[6.7e-4, 1e-3, 1.5e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[1_000, 600],
             relative_cost=0.4,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
             choices={
                 "a quarter of the units": (1_400, []),
                 "a quarter of the units, SET": (1_420, ["--dynamic_sparsity.grow=random"]),
@@ -258,15 +240,12 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "bert_token_skip": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+        "cpu": on_cpu(
             lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[1_100, 750],
             relative_cost=0.6,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
             choices={
                 "easy, half of 3 of 8 blocks": (700, token_dropping()),
                 "easy, a quarter of 3 of 8 blocks": (789, token_dropping(keep=0.25)),
@@ -282,27 +261,22 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
     },
     "bert_all_in_one": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1"],
+        "cpu": on_cpu(
             lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[900, 600],
             relative_cost=0.5,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
         ),
     },
     "vit_all_in_one": {
-        "cpu": Preset(
-            flags=["--trainer.accelerator=cpu", "--trainer.devices=1", *CIFAR10, "--data.max_val_images=2000"],
+        "cpu": on_cpu(
+            flags=[*CIFAR10, "--data.max_val_images=2000"],
             lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[900, 600],
             relative_cost=0.4,
-            jobs=max(1, (os.cpu_count() or 1)),
-            threads=1,
         ),
     },
 }
