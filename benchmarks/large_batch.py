@@ -106,7 +106,8 @@ class LargeSweep(Sweep):
 
 def tune(sweep: LargeSweep, batches: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The best rate of each side, and what was tried; the sides' runs go on together."""
-    step = sweep.preset.lrs[1] / sweep.preset.lrs[0]
+    lrs = sweep.preset.lrs
+    step = lrs[1] / lrs[0] if len(lrs) > 1 else 1.0
     tried: dict[tuple[str, float], float] = {}
     wanted = [(side, rounded(lr * start)) for side, (_, start) in SIDES.items() for lr in sweep.preset.lrs]
     while wanted:
