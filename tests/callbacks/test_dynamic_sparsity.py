@@ -573,7 +573,7 @@ def test_flops_of_single_weights_are_reported_apart(name: str, kind: str, tmp_pa
         ({"drop": 1.0}, r"drop=1.0 is not a share of the active weights in \[0, 1\)"),
         ({"until": 0.0}, "until=0.0 is not a share of the run"),
         ({"every": 0}, "every=0 is neither a number of steps nor a share"),
-        ({"every": 1.0}, "every=1.0 is neither a number of steps nor a share"),
+        ({"every": 1.5}, "every=1.5 is neither a number of steps nor a share"),
         ({"granularity": "2:4", "density": 0.25}, "density=0.25 with granularity='2:4': two of four are 0.5"),
         ({"distribution": "erk"}, "distribution='erk' does not go with granularity='unit'"),
         ({"layers": ["head"]}, "layers names matrices; with granularity='unit' choose by units"),
