@@ -160,7 +160,7 @@ def make_eight_bit(
 def _try_out(kind: Any, device: torch.device) -> None:
     """One step on a parameter of that device: which backends have a kernel is nowhere to be looked up."""
     if device.type == "meta":
-        raise NotImplementedError("the parameters are on the meta device")
+        raise ValueError("the parameters are on the meta device")
     parameter = nn.Parameter(torch.zeros(256, device=device))
     parameter.grad = torch.zeros_like(parameter)
     options: dict[str, Any] = {"momentum": 0.9} if kind.__name__ == "SGD8bit" else {}
