@@ -4,6 +4,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+JOBS := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint format bench clean
@@ -25,10 +26,10 @@ demo: setup  ## Train a small BERT with progressive stacking
 	$(BIN)/python recipes/bert_progressive_stack.py
 
 test: setup  ## Run every test, the slow ones last
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(JOBS)
 
 test-fast: setup  ## Run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(JOBS) -m "not slow"
 
 lint: setup  ## Check format, style and types
 	$(BIN)/python -m ruff format --check .
