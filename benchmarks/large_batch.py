@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from frontier import above
 from rich.console import Console
 from rich.table import Table
 from savings import ROOT, TUNING_SEED, Preset, Run, Sweep, command
@@ -128,18 +128,6 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def compare(losses: dict[str, list[float]], draws: int = 10_000) -> dict[str, dict[str, float]]:
-    """How far each side's mean loss is above the small batch's, relative, with a bootstrap interval over seeds."""
-    random, small = np.random.default_rng(0), np.array(losses["small batch"])
-    found = {}
-    for side in SIDES:
-        own = np.array(losses[side])
-        means = [random.choice(some, (draws, len(some))).mean(1) for some in (own, small)]
-        low, high = np.percentile(means[0] / means[1] - 1, [2.5, 97.5])
-        found[side] = {"estimate": float(own.mean() / small.mean() - 1), "low": float(low), "high": float(high)}
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
@@ -194,7 +182,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "seeds": seeds,
         "times": preset.times,
         "metric": preset.metric,
-        "above_small": compare(losses),
+        "above_small": {side: above(own, losses["small batch"]) for side, own in losses.items()},
         "tuning": tried,
         "points": points,
         "flags": preset.flags,
@@ -211,9 +199,9 @@ def run_sweep(args: argparse.Namespace) -> None:
     table = Table(title=f"{RECIPE}, preset {args.preset}: means over {len(seeds)} seeds, at equal samples")
     for name in ("side", "rate", "steps", "loss", "above the small batch"):
         table.add_column(name)
-    for side, above in result["above_small"].items():
+    for side, one in result["above_small"].items():
         own = [p for p in points if p["side"] == side]
-        interval = f"{above['estimate']:+.1%} ({above['low']:+.1%} to {above['high']:+.1%})"
+        interval = tables.signed(one)
         loss = statistics.mean(losses[side])
         table.add_row(side, f"{own[0]['lr']:g}", f"{own[0]['steps']:,}", f"{loss:.3f}", interval)
     console.print(table)

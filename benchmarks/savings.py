@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from frontier import Saving, best_runs, saving  # noqa: E402
+from frontier import Saving, above, best_runs, saving  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -204,6 +204,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "--data.augmentation=standard",
                 "--data.image_size=32",
                 "--model.width=96",
+                "--model.init_std=0.057",
             ],
             lrs=[7e-4, 1.2e-3, 2e-3],
             tune_steps=[600],
@@ -239,6 +240,15 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "a fifth of the weights, uniform": (600, weights("density=0.2", "distribution=uniform")),
                 "a fifth of the weights, SET": (600, weights("density=0.2", "grow=random")),
             },
+        ),
+        # RigL as published: no time is saved, and the question is what is lost
+        "cpu-weights": on_cpu(
+            flags=weights("density=0.2"),
+            lrs=[6.7e-4, 1e-3, 1.5e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200],
+            technique_steps=[1_200, 600],
+            relative_cost=1.2,
         ),
     },
     "bert_token_skip": {
@@ -502,10 +512,12 @@ def costs(record: dict[str, Any], plain: float) -> dict[str, float]:
     steps = [shape for shape in record["shapes"] if shape["kind"] == "train"]
     own = sum(shape["count"] * shape["seconds_each"] for shape in steps)
     charged = sum(one["seconds"] for one in record["charges"].values())
+    sparse = {"sparse_flops": float(record["sparse_flops"])} if "sparse_flops" in record else {}
     return {
         "reference_seconds": own * plain / (plain_price(record) or plain) + charged,
         "flops": float(record["flops"]),
         "wall_seconds": record["wall_seconds"],
+        **sparse,
     }
 
 
@@ -514,22 +526,27 @@ def analyse(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Savings on each clock, and of reference time at equal accuracies: of the headline length, and of every length.
 
-    Where a side was run at several rates, the best one counts at each length.
+    Where a side was run at several rates, the best one counts at each length. FLOPs that a technique would save if
+    zeros cost nothing are a clock of their own, on which the baseline pays all of its FLOPs.
     """
+    clocks = [*CLOCKS, *(["sparse_flops"] if any("sparse_flops" in p for p in points) else [])]
 
     def of(baseline: bool, steps: int, clock: str, accuracy: str = "") -> list[tuple[float, float]]:
         runs = best_runs(points, baseline, steps)
-        return [(p[clock], 1 - p["metrics"][accuracy] if accuracy else p["loss"]) for p in runs]
+        return [(p.get(clock, p["flops"]), 1 - p["metrics"][accuracy] if accuracy else p["loss"]) for p in runs]
 
     by_length = []
     for steps in lengths:
         entry: dict[str, Any] = {"steps": steps}
-        for clock in CLOCKS:
+        for clock in clocks:
             frontier = {p["steps"]: of(True, p["steps"], clock) for p in points if p["baseline"]}
             entry[clock] = asdict(saving(frontier, of(False, steps, clock)))
             if clock == "wall_seconds" and len({p["recipe"] for p in points if "recipe" in p}) > 1:
                 entry[clock] = asdict(Saving(None, None, None, "the baseline ran at another time, in another sweep"))
-        entry["loss"] = statistics.mean(loss for _, loss in of(False, steps, "flops"))
+        own = [loss for _, loss in of(False, steps, "flops")]
+        entry["loss"] = statistics.mean(own)
+        if "sparse_flops" in clocks and any(p["baseline"] and p["steps"] == steps for p in points):
+            entry["above_as_long"] = above(own, [loss for _, loss in of(True, steps, "flops")])
         if accuracies:
             clock, lengths_run = "reference_seconds", {p["steps"] for p in points if p["baseline"]}
             entry["at_equal"] = {
@@ -543,7 +560,7 @@ def analyse(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(PRESETS), nargs="?")
-    parser.add_argument("--all", action="store_true", help="every recipe that has the preset, one after the other")
+    parser.add_argument("--all", action="store_true", help="every recipe that has the preset, and its kinds, in turn")
     presets = sorted({name for own in PRESETS.values() for name in own})
     parser.add_argument("--preset", choices=presets, default="cpu")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every point (3)")
@@ -584,18 +601,19 @@ def main() -> None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """The sweeps of all recipes that have the preset; one that fails is told, and does not stop the others."""
+    """All sweeps of the preset and its kinds (cpu-plain); one that fails is told, and does not stop the others."""
     console, started, failed = Console(), time.perf_counter(), []
-    recipes = [recipe for recipe, presets in PRESETS.items() if args.preset in presets]
-    for done, recipe in enumerate(recipes):
+    kinds = [(recipe, own) for recipe, presets in PRESETS.items() for own in presets]
+    sweeps = [(recipe, own) for recipe, own in kinds if own == args.preset or own.startswith(f"{args.preset}-")]
+    for done, (recipe, preset) in enumerate(sweeps):
         spent = (time.perf_counter() - started) / 60
-        left = f", about {spent / done * (len(recipes) - done):.0f} min left" if done else ""
-        console.rule(f"{recipe}: sweep {done + 1} of {len(recipes)}, {spent:.0f} min so far{left}")
+        left = f", about {spent / done * (len(sweeps) - done):.0f} min left" if done else ""
+        console.rule(f"{recipe}, {preset}: sweep {done + 1} of {len(sweeps)}, {spent:.0f} min so far{left}")
         try:
-            run_sweep(argparse.Namespace(**vars(args) | {"recipe": recipe}))
+            run_sweep(argparse.Namespace(**vars(args) | {"recipe": recipe, "preset": preset}))
         except (RuntimeError, subprocess.CalledProcessError) as error:
             console.print(f"{recipe}: {error}", style="red", highlight=False)
-            failed.append(recipe)
+            failed.append(f"{recipe} {preset}")
     if failed:
         raise SystemExit(f"these sweeps failed, and go on where they stopped when started again: {', '.join(failed)}")
 
@@ -664,7 +682,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         "command": command("savings", sys.argv[1:]),
         "seeds": list(seeds),
         "metric": preset.metric,
-        "saving": {clock: headline[clock] for clock in CLOCKS},
+        "saving": {clock: headline[clock] for clock in (*CLOCKS, "sparse_flops") if clock in headline},
         "headline_steps": headline["steps"],
         "loss": headline["loss"],
         **{name: statistics.mean(values) if values else None for name, values in references.items()},
@@ -718,7 +736,7 @@ def report(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     for entry in result["by_length"]:
-        for clock in CLOCKS:
+        for clock in (*CLOCKS, "sparse_flops") if "sparse_flops" in entry else CLOCKS:
             console.print(f"{entry['steps']} steps, {clock}: {describe(Saving(**entry[clock]))}", highlight=False)
         for name, one in entry.get("at_equal", {}).items():
             console.print(f"{entry['steps']} steps, {name}: {describe(Saving(**one), name)}", highlight=False)

@@ -54,6 +54,11 @@ def percent(one: dict[str, Any]) -> str:
     return f"**{one['estimate']:.0%}** ({one['low']:.0%} to {one['high']:.0%})"
 
 
+def signed(one: dict[str, Any]) -> str:
+    """A relative difference with its interval."""
+    return f"{one['estimate']:+.1%} ({one['low']:+.1%} to {one['high']:+.1%})"
+
+
 def savings_table(results: list[dict[str, Any]]) -> str:
     """A row per technique and preset: savings at equal loss on each clock."""
     lines = [
@@ -68,12 +73,19 @@ def savings_table(results: list[dict[str, Any]]) -> str:
         cells = [
             f"[{title}](docs/{r['technique']}.md)",
             f"[`{r['recipe']}`](recipes/{r['recipe']}.py), {r['preset']}",
-            *(percent(r["saving"][clock]) for clock in ("reference_seconds", "flops", "wall_seconds")),
+            percent(r["saving"]["reference_seconds"]),
+            percent(r["saving"]["flops"]) + zeros_left_out(r["saving"]),
+            percent(r["saving"]["wall_seconds"]),
             "; ".join([quality(best_runs(r["points"], False, r["headline_steps"])), *at_equal_accuracies(r)]),
             f"{machine}, {len(r['seeds'])} seeds, {r['date']}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def zeros_left_out(saving: dict[str, Any]) -> str:
+    """FLOPs saved if products with zeros cost nothing, which no dense kernel makes true."""
+    return f"; {percent(saving['sparse_flops'])} if zeros cost nothing" if "sparse_flops" in saving else ""
 
 
 def at_equal_accuracies(result: dict[str, Any]) -> list[str]:
@@ -107,6 +119,12 @@ def points_table(result: dict[str, Any]) -> str:
                 "",
                 f"Reference time saved by {entry['steps']:,} steps at equal {ACCURACIES[name]} accuracy: {told}.",
             ]
+        if "sparse_flops" in entry:
+            told = percent(entry["sparse_flops"])
+            lines += ["", f"FLOPs saved by {entry['steps']:,} steps if zeros cost nothing: {told}."]
+        if "above_as_long" in entry:
+            told = signed(entry["above_as_long"])
+            lines += ["", f"Loss after {entry['steps']:,} steps against the baseline's after as many: {told}."]
     if after := result.get("after_one_step"):
         told = ", ".join(f"{ACCURACIES[name]} {accuracy:.1%}" for name, accuracy in after.items())
         lines += ["", f"For comparison, after a single step of pre-training: {told}."]
@@ -212,16 +230,15 @@ def large_batch_table(result: dict[str, Any]) -> str:
         f"| side | batch | steps | rate | loss (context-free) | above the small batch, {len(result['seeds'])} seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for side, above in result["above_small"].items():
+    for side, one in result["above_small"].items():
         own = [p for p in result["points"] if p["side"] == side]
-        versus = f"{above['estimate']:+.1%} ({above['low']:+.1%} to {above['high']:+.1%})"
         cells = [
             side,
             f"{own[0]['samples'] // own[0]['steps']:,}",
             f"{own[0]['steps']:,}",
             f"{own[0]['lr']:g}",
             quality(own),
-            "" if side == "small batch" else versus,
+            "" if side == "small batch" else signed(one),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for side in result["above_small"]:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
             "model.width": 256,  # so that embeddings and vectors, whose state stays in 32 bits, are below 2%
             "model.num_heads": 8,
             "model.positions": "rotary",
+            "model.init_std": 0.035,  # GPT-2's 0.02 is for 768 channels and more; scaled by 1 / sqrt(width)
             "model.lr": 1e-3,
             "data.mask_rate": 0.0,
             "data.sequence_length": 512,

@@ -16,6 +16,7 @@ IMAGES = {
     "model.width": 64,
     "model.num_heads": 4,
     "model.patch_size": 4,
+    "model.init_std": 0.07,  # ViT's 0.02 at width 768, scaled by 1 / sqrt(width)
     "model.lr": 2e-3,
     "data.imbalance": 100,
     "data.val_fraction": 0.2,

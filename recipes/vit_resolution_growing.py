@@ -21,6 +21,7 @@ if __name__ == "__main__":
             "model.width": 128,
             "model.num_heads": 4,
             "model.patch_size": 4,
+            "model.init_std": 0.05,  # ViT's 0.02 at width 768, scaled by 1 / sqrt(width)
             "model.lr": 1e-3,
             "data.image_size": 32,
             "data.batch_size": 32,

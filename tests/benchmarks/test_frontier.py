@@ -93,3 +93,11 @@ def test_the_frontier_takes_the_better_rate_at_each_length():
     ]
     assert {p["lr"] for p in frontier.best_runs(points, True, 10)} == {2e-3}
     assert [p["loss"] for p in frontier.best_runs(points, True, 20)] == [2.0]
+
+
+def test_runs_that_are_as_good_are_not_told_apart():
+    small = [1.0, 1.02, 0.98]
+    assert frontier.above(small, small)["low"] < 0 < frontier.above(small, small)["high"]
+    worse = frontier.above([1.5, 1.52, 1.48], small)
+    assert worse["estimate"] == pytest.approx(0.5)
+    assert 0.4 < worse["low"] < 0.5 < worse["high"] < 0.6

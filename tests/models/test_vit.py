@@ -78,6 +78,18 @@ def test_it_is_timms() -> None:
     assert (find_blocks(model).path, len(find_blocks(model))) == ("net.blocks", 2)
 
 
+def test_initial_weights_have_the_scale_asked_for() -> None:
+    wide, plain = vit(width=128, init_std=0.07), vit(width=128)
+    linear = [name for name, part in wide.net.named_modules() if isinstance(part, torch.nn.Linear)]
+    assert len(linear) == 2 * 4 + 1
+    for name in linear:
+        assert wide.net.get_submodule(name).weight.std().item() == pytest.approx(0.07, rel=0.1)
+        assert plain.net.get_submodule(name).weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert wide.net.patch_embed.proj.weight.std() == pytest.approx(
+        plain.net.patch_embed.proj.weight.std().item(), rel=0.1
+    )
+
+
 def test_the_architecture_decides_what_is_not_given() -> None:
     model = ViTClassifier("vit_tiny_patch16_224", num_classes=K, depth=1)
     assert model.net.embed_dim == 192
@@ -215,6 +227,7 @@ def test_a_technique_of_the_checkpoint_must_not_be_missing(tmp_path: Path) -> No
         ({"architecture": "resnet10t", "patch_size": None, "num_heads": None}, "depth=2: resnet10t takes no such"),
         ({"width": 15}, "width=15 is not a multiple of num_heads=2"),
         ({"width": 16, "num_heads": None}, "cannot be made with .*embed_dim=16"),
+        ({"init_std": 0.0}, "init_std=0.0 is not above 0; 0.05 suits 128 channels"),
         ({"num_classes": 0}, "num_classes=0 must be at least 1"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"depth": 0}, "depth=0 must be at least 1"),
