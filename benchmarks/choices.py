@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--lr", type=float, required=True, help="the rate that savings.py found for the baseline")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "savings")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
@@ -31,8 +32,8 @@ def main() -> None:
     preset = PRESETS[args.recipe][args.preset]
     if not preset.choices:
         parser.error(f"--preset {args.preset} of {args.recipe} has no variants")
-    console = Console()
-    sweep = Sweep(args.recipe, args.preset, preset, args.runs / f"{args.recipe}.{args.preset}", console, preset.jobs)
+    console, jobs = Console(), args.jobs or preset.jobs
+    sweep = Sweep(args.recipe, args.preset, preset, args.runs / f"{args.recipe}.{args.preset}", console, jobs)
     runs = [
         Run(False, steps, args.lr, seed, variant)
         for variant, (steps, _) in preset.choices.items()
