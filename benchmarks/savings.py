@@ -224,7 +224,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "bert_dynamic_sparse": {
         "cpu": on_cpu(
-            lrs=[6.7e-4, 1e-3, 1.5e-3],
+            lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[1_000, 600],
@@ -244,7 +244,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # RigL as published: no time is saved, and the question is what is lost
         "cpu-weights": on_cpu(
             flags=weights("density=0.2"),
-            lrs=[6.7e-4, 1e-3, 1.5e-3],
+            lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
             technique_steps=[1_200, 600],
