@@ -192,7 +192,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "cpu": on_cpu(
             lrs=[1e-3, 2e-3, 4e-3],
             tune_steps=[2_000],
-            baseline_steps=[1_000, 2_000, 4_000],
+            baseline_steps=[1_000, 2_000, 4_000, 6_000],
             technique_steps=[2_000, 1_300],
             relative_cost=2.0,
         ),
@@ -231,11 +231,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
             relative_cost=0.4,
             choices={
                 "a quarter of the units": (1_400, []),
-                "a quarter of the units, SET": (1_420, ["--dynamic_sparsity.grow=random"]),
                 "a quarter of the units, never moved": (1_420, ["--dynamic_sparsity.drop=0.0"]),
-                "a quarter of the units, moved each 4%": (1_310, ["--dynamic_sparsity.every=0.04"]),
                 "half of the units": (710, ["--dynamic_sparsity.density=0.5"]),
-                "a quarter of the neurons, all heads": (715, ["--dynamic_sparsity.units=neurons"]),
                 "a fifth of the weights, RigL": (600, weights("density=0.2")),
                 "a fifth of the weights, uniform": (600, weights("density=0.2", "distribution=uniform")),
                 "a fifth of the weights, SET": (600, weights("density=0.2", "grow=random")),

@@ -18,15 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_scale.samples import (
-    SampleChoice,
-    Step,
-    check_outputs,
-    count_samples,
-    output_gradients,
-    take_samples,
-    watch_outputs,
-)
+from lit_scale.samples import SampleChoice, Step, count_samples, take_samples
+from lit_scale.scores import check_outputs, output_gradients, watch_outputs
 
 __all__ = ["ImportanceSampling", "draw", "variance_ratio"]
 

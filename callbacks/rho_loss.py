@@ -17,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_scale.datamodules.cache import digest
-from lit_scale.samples import SampleChoice, Step, count_samples, round_share, sample_losses, take_samples
+from lit_scale.samples import SampleChoice, Step, count_samples, round_share, take_samples
+from lit_scale.scores import sample_losses
 
 __all__ = ["RhoLoss", "top_reducible"]
 

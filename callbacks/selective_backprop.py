@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_scale.samples import SampleChoice, Step, count_samples, round_share, sample_losses, take_samples
+from lit_scale.samples import SampleChoice, Step, count_samples, round_share, take_samples
+from lit_scale.scores import sample_losses
 from lit_scale.technique import progress
 
 __all__ = ["SelectiveBackprop", "select_by_percentile"]
