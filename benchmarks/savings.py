@@ -190,7 +190,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "vit_importance_sampling": {
         # heavy imbalance: nine of ten digits are zeros, which are easy after a few hundred steps
         "cpu": on_cpu(
-            lrs=[1e-3, 2e-3, 4e-3],
+            lrs=[5e-4, 1e-3, 2e-3],
             tune_steps=[2_000],
             baseline_steps=[1_000, 2_000, 4_000, 6_000],
             technique_steps=[2_000, 1_300],
@@ -211,6 +211,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
             baseline_steps=[300, 600, 1_200],
             technique_steps=[600],
             relative_cost=1.0,
+        ),
+    },
+    "vit_selective_backprop": {
+        "cpu": on_cpu(
+            lrs=[5e-4, 1e-3, 2e-3],
+            tune_steps=[2_000],
+            baseline_steps=[1_000, 2_000, 4_000, 6_000],
+            technique_steps=[3_000, 2_000],
         ),
     },
     "gpt_length_warmup": {

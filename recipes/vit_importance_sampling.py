@@ -17,7 +17,7 @@ IMAGES = {
     "model.num_heads": 4,
     "model.patch_size": 4,
     "model.init_std": 0.07,  # ViT's 0.02 at width 768, scaled by 1 / sqrt(width)
-    "model.lr": 2e-3,
+    "model.lr": 1e-3,
     "data.imbalance": 100,
     "data.val_fraction": 0.2,
     "data.max_val_images": 2_000,

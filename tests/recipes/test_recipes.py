@@ -22,6 +22,7 @@ FLAGS = {
     "vit_resolution_growing": IMAGES,
     "vit_importance_sampling": IMAGES,
     "vit_importance_sampling_text": ["--task=text", *TEXT],
+    "vit_selective_backprop": IMAGES,
     "mae_token_skip": [*IMAGES, *DECODER, "--trainer.callbacks=null"],
     "bert_all_in_one": [*TEXT, "--model.depth=4"],
     "bert_token_skip": [*TEXT, "--model.depth=4"],
