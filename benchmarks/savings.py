@@ -195,6 +195,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
             baseline_steps=[1_000, 2_000, 4_000, 6_000],
             technique_steps=[2_000, 1_300],
             relative_cost=2.0,
+            choices={
+                f"of {n} times as many": (round(12_000 / (n + 3)), [f"--importance_sampling.presample={n}"])
+                for n in (2, 3, 5, 8, 12)
+            },
         ),
         # ten equal classes, none of them easy: the gate stays closed, and that has to cost next to nothing
         "cpu-plain": on_cpu(
