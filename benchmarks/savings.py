@@ -239,7 +239,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
-            technique_steps=[1_000, 600],
+            technique_steps=[900, 600],
             relative_cost=0.4,
             choices={
                 "a quarter of the units": (1_400, []),
