@@ -47,9 +47,10 @@ def stage_table(record: dict[str, Any]) -> Table:
     names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]
     for name in names:
         table.add_column(name.replace("_", " "), "all" if name == names[0] else "", justify="right", no_wrap=True)
+    told_from = len(names) <= 3  # several techniques at once have more to tell than where each stage begins
     counted = "samples" if record["tokens"] == record["samples"] else "tokens"  # an image has one
     for name, total in {
-        "from step": "",
+        **({"from step": ""} if told_from else {}),
         "steps": f"{record['steps']:,}",
         counted: amount(record["tokens"]),
         "FLOPs": amount(record["flops"]),
@@ -59,8 +60,8 @@ def stage_table(record: dict[str, Any]) -> Table:
         table.add_column(name, total, justify="right", no_wrap=True)
     for stage in stages:
         table.add_row(
-            *(str(stage[name]) for name in names),
-            f"{stage['first_step']:,}",
+            *("yes" if stage[name] is True else "" if stage[name] is False else str(stage[name]) for name in names),
+            *([f"{stage['first_step']:,}"] if told_from else []),
             f"{stage['steps']:,}",
             amount(stage["tokens"]),
             amount(stage["flops"]),
