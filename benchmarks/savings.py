@@ -256,7 +256,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             lrs=[4.5e-4, 6.7e-4, 1e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
-            technique_steps=[1_200, 600],
+            technique_steps=[600],
             relative_cost=1.2,
         ),
     },
