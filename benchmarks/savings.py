@@ -296,7 +296,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             lrs=[4.1e-4, 7e-4, 1.2e-3],
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200],
-            technique_steps=[900, 600],
+            technique_steps=[1_100, 700],
             relative_cost=0.4,
         ),
     },

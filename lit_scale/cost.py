@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -299,16 +299,21 @@ class CostMeter(Callback):
         self.ledger.calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
 
     def _plain_key(self, keys: list[Key], techniques: list[Technique]) -> Key | None:
-        """The plain form of the most frequent step, if the run made no plain step and its techniques have one."""
+        """The plain form of the most frequent step, if the run made no plain step and its techniques have one.
+
+        What a technique that has ended does to a batch cannot be undone: such a step is one without it.
+        """
         updates = [key for key in keys if dict(key)["update"]]
-        if not updates or any(dict(key)["plain"] for key in updates):
+        if any(dict(key)["plain"] for key in updates):
+            return None
+        ended = {name: value for one in techniques if one.is_plain() for name, value in one.step_shape().items()}
+        updates = [key for key in updates if ended.items() <= dict(key).items()]
+        plain = [technique.plain_shape() for technique in techniques if not technique.is_plain()]
+        if not updates or None in plain:
             return None
         shape = dict(updates[0])
-        for technique in techniques:
-            own = technique.step_shape() if technique.is_plain() else technique.plain_shape()
-            if own is None:
-                return None
-            shape |= own
+        for own in plain:
+            shape |= cast(dict[str, Any], own)
         return tuple((shape | {"plain": True}).items())
 
     # -- state and record ---------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""ViT with all that goes together: progressive stacking for the blocks, resolution growing for the tokens.
+"""ViT with all that goes together: fewer blocks, in them fewer neurons and heads, and small images first.
 
-python recipes/vit_all_in_one.py                         # both techniques, on scikit-learn's scanned digits
+python recipes/vit_all_in_one.py                         # the three techniques, on scikit-learn's scanned digits
 python recipes/vit_all_in_one.py --compare               # and the same run without them, side by side
 python recipes/vit_all_in_one.py --data.source 'shards/train-{000..009}.tar' --trainer.max_steps 20000
 """
 
-from lit_scale.callbacks import ProgressiveStacking, ResolutionGrowing
+from lit_scale.callbacks import DynamicSparsity, ProgressiveStacking, ResolutionGrowing
 from lit_scale.cli import run_recipe
 from lit_scale.datamodules import ImageDataModule
 from lit_scale.models import ViTClassifier
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     run_recipe(
         ViTClassifier,
         ImageDataModule,
-        technique=[ProgressiveStacking, ResolutionGrowing],
+        technique=[ProgressiveStacking, ResolutionGrowing, DynamicSparsity],
         defaults={
             "trainer.max_steps": 600,
             "progressive_stacking.stages": [[0.0, 0.5], [0.5, 1.0]],

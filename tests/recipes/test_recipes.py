@@ -59,6 +59,11 @@ def folder(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+def plain_steps(record: dict) -> set[int]:
+    """FLOPs of the plain steps, whether they were made or only priced."""
+    return {s["flops_each"] for s in record["shapes"] if s["kind"] == "train" and s["plain"] and s["update"]}
+
+
 @pytest.mark.parametrize("recipe", FLAGS)
 def test_a_recipe_compares_both_sides_and_tells_what_was_saved(recipe: str, folder: Path, capsys) -> None:
     assert run(recipe, "--compare") == 0
@@ -69,6 +74,9 @@ def test_a_recipe_compares_both_sides_and_tells_what_was_saved(recipe: str, fold
         assert technique["flops"] == baseline["flops"]
     else:
         assert technique["flops"] < baseline["flops"]
+    plain = [plain_steps(record) for record in (baseline, technique)]
+    assert plain[1]
+    assert plain[1] <= plain[0]  # each side has priced the same plain step, also the one that never made it
     assert technique["steps"] == baseline["steps"] == 8
     assert technique["metrics"].keys() == baseline["metrics"].keys() >= {"val/loss"}
     assert "at equal steps, not equal loss" in printed.out
