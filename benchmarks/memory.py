@@ -27,9 +27,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tables
 import torch
+from frontier import above
 from rich.console import Console
 from rich.table import Table
 from savings import ROOT, Preset, Run, Sweep
@@ -196,9 +196,6 @@ def parity(preset: str, seeds: int, runs: Path, console: Console, jobs: int | No
         side: [records[run]["metrics"][plan.metric] for run in wanted if run.baseline == (side == "32-bit")]
         for side in ("32-bit", "8-bit")
     }
-    gaps = np.array(losses["8-bit"]) - np.array(losses["32-bit"])  # of the same seed: the same weights, the same data
-    draws = np.random.default_rng(0).choice(gaps, (10_000, len(gaps))).mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
     first = records[wanted[0]]
     return {
         "recipe": RECIPE,
@@ -206,7 +203,7 @@ def parity(preset: str, seeds: int, runs: Path, console: Console, jobs: int | No
         "lr": plan.lrs[0],
         "flags": plan.flags,
         "losses": losses,
-        "difference": {"estimate": float(gaps.mean()), "low": float(low), "high": float(high)},
+        "difference": above(losses["8-bit"], losses["32-bit"], paired=True),  # same weights and data at the same seed
         "spread_over_seeds": statistics.stdev(losses["32-bit"]) if seeds > 1 else None,
         "state_ratio": records[wanted[-1]]["optimizer_state_bytes"] / first["optimizer_state_bytes"],
         "unigram_entropy": first.get("unigram_entropy"),
@@ -274,10 +271,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     for size in sizes:
         console.print(table(size))
     if same is not None:
-        gap = same["difference"]
-        console.print(
-            f"loss with 8-bit less that with 32-bit state: {interval(gap)}; {same['losses']}", highlight=False
-        )
+        console.print(tables.parity_lines(record), highlight=False, soft_wrap=True)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return record
 

@@ -56,7 +56,8 @@ def percent(one: dict[str, Any]) -> str:
 
 def signed(one: dict[str, Any]) -> str:
     """A relative difference with its interval."""
-    return f"{one['estimate']:+.1%} ({one['low']:+.1%} to {one['high']:+.1%})"
+    within = "no interval" if one["low"] is None else f"{one['low']:+.1%} to {one['high']:+.1%}"
+    return f"{one['estimate']:+.1%} ({within})"
 
 
 def savings_table(results: list[dict[str, Any]]) -> str:
@@ -218,9 +219,9 @@ def parity_lines(result: dict[str, Any]) -> str:
         share = f"{same['state_ratio']:.3f}" if side == "8-bit" else "1"
         each = ", ".join(f"{loss:.4f}" for loss in losses)
         lines.append(f"| {side} | {share} | {each} | {statistics.mean(losses):.4f} |")
-    gap, spread = same["difference"], same["spread_over_seeds"]
+    spread = same["spread_over_seeds"]
     noise = f"; seeds differ by {spread:.4f} (standard deviation)" if spread is not None else ""
-    told = f"Difference {gap['estimate']:+.4f}, 95% interval {gap['low']:+.4f} to {gap['high']:+.4f}{noise}."
+    told = f"Loss with 8-bit state against 32-bit, seed by seed: {signed(same['difference'])}{noise}."
     return "\n".join([*lines, "", told])
 
 

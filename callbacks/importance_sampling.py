@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -82,7 +82,8 @@ class ImportanceSampling(SampleChoice):
     trained, with the gate closed the first ones; give it a batch size that is ``presample`` times as large.
 
     Args:
-        presample: How many times as many samples are scored as are trained.
+        presample: How many times as many samples are scored as are trained, b. The gate can open only where b is above
+            the square of ``threshold``, since tau of b samples is at most the root of b.
         threshold: The gate is open while tau is above; None is where choosing pays, ``(presample + 3) / 3``, a step's
             backward pass costing two forward ones.
         look_every: With the gate closed, every so many batches the scores are looked at.
@@ -150,6 +151,7 @@ class ImportanceSampling(SampleChoice):
         if self._loader is not None:
             ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
             self._delay = max(self._delay, ahead)
+            self._warn_of_few(loader.batch_size)
             return
         size = getattr(loader, "batch_size", None)
         if isinstance(size, int) and size < self.presample:
@@ -162,6 +164,17 @@ class ImportanceSampling(SampleChoice):
             f"ImportanceSampling: this loader cannot be asked for more samples, so each of its batches is the "
             f"presample, and a step trains 1 / {self.presample} of it"
         )
+        if isinstance(size, int):
+            self._warn_of_few(size // self.presample)
+
+    def _warn_of_few(self, count: int) -> None:
+        """Of few samples tau, at most the root of their number, may never reach the threshold."""
+        if self.threshold >= (most := math.sqrt(count)):
+            rank_zero_warn(
+                f"ImportanceSampling: of {count} samples tau is at most {most:.3g}, and the gate opens above "
+                f"{self.threshold:.3g}, so it stays closed: train more than {math.floor(self.threshold**2)} samples a "
+                "step, or lower presample"
+            )
 
     def samples(self, number: int, count: int) -> int:
         """More while the gate is open."""

@@ -50,4 +50,5 @@ def test_loss_parity_is_that_of_the_recipe(tmp_path, tiny_corpus, monkeypatch):
     assert 0.25 < same["state_ratio"] < 0.35
     shown = tables.parity_lines({"parity": same})
     assert shown.count("\n| ") == 2
-    assert "Difference" in shown
+    assert "seed by seed: " in shown
+    assert "no interval" in shown

@@ -61,6 +61,14 @@ def test_the_readme_and_the_cards_say_what_is_stored():
     for result in tables.stored(results, "saving"):
         card = (ROOT / "docs" / f"{result['technique']}.md").read_text()
         assert tables.points_table(result) in card
+    for result in tables.stored(results, "choices"):
+        assert tables.choices_table(result) in (ROOT / "docs" / f"{result['technique']}.md").read_text()
+    for kind, card, make in (
+        ("large_batch", "lamb", tables.large_batch_table),
+        ("memory", "eight_bit_optimizers", tables.parity_lines),
+    ):
+        for result in tables.stored(results, kind):
+            assert make(result) in (ROOT / "docs" / f"{card}.md").read_text()
 
 
 def test_readme_names_every_recipe_and_technique_with_results():

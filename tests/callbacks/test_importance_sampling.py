@@ -1,4 +1,5 @@
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,16 @@ def test_what_cannot_work_is_refused_before_a_step(tmp_path: Path) -> None:
         run(build("plain_torch"), loader("plain_torch", batch_size=2))
     with pytest.raises(ValueError, match="output='net.tail': PlainTorch has no such part"):
         run(build("plain_torch"), loader("plain_torch"), output="net.tail")
+
+
+@pytest.mark.parametrize(("count", "warned"), [(4, True), (5, False)])
+def test_a_batch_too_small_for_the_gate_ever_to_open_is_told(count: int, warned: bool, tmp_path: Path) -> None:
+    """Of n samples of which one has all of the gradient tau is the root of n: the most there is."""
+    assert (variance_ratio(torch.eye(count)[0]) <= 2.0) == warned
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(image_model("timm"), sized_loader(batch_size=count), tmp_path, choosing={}, max_steps=1)
+    assert any("train more than 4 samples a step" in str(one.message) for one in told) == warned
 
 
 def test_a_step_that_goes_around_its_losses_is_refused(tmp_path: Path) -> None:
