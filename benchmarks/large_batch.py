@@ -54,7 +54,7 @@ PRESETS = {
         flags=[*CPU, "--data.batch_size=2", "--model.depth=4", "--data.max_val_sequences=512"],
         lrs=[5e-4, 1e-3, 2e-3],
         tune_steps=[],
-        baseline_steps=[4_800],
+        baseline_steps=[3_200],
         technique_steps=[],
         jobs=max(1, os.cpu_count() or 1),
         threads=1,
