@@ -6,6 +6,7 @@ zero, linearly in the logarithm of cost. A loss that no baseline run brackets ha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,16 +113,18 @@ def above(own: Sequence[float], other: Sequence[float], *, paired: bool = False)
     The interval is Student's of the difference: Welch's, or of the differences seed by seed if ``paired``. Below three
     seeds there is none.
 
-    >>> above([1.1, 1.1, 1.1], [1.0, 1.0, 1.0])["estimate"]
-    0.1
+    >>> above([1.1, 1.1, 1.1], [1.0, 1.0, 1.0])
+    {'estimate': 0.1, 'low': 0.1, 'high': 0.1}
     """
     mean = float(np.mean(other))
     found: dict[str, float | None] = {"estimate": float(np.mean(own)) / mean - 1, "low": None, "high": None}
     if min(len(own), len(other)) >= 3:
-        gaps = np.subtract(own, other) if paired else None
-        test = ttest_ind(own, other, equal_var=False) if gaps is None else ttest_1samp(gaps, 0.0)
-        spread = test.confidence_interval(0.95)
-        found |= {"low": float(spread.low) / mean, "high": float(spread.high) / mean}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of values that do not differ
+            test = ttest_1samp(np.subtract(own, other), 0.0) if paired else ttest_ind(own, other, equal_var=False)
+            ends = np.array(test.confidence_interval(0.95)) / mean
+        low, high = ends if np.isfinite(ends).all() else [found["estimate"]] * 2
+        found |= {"low": float(low), "high": float(high)}
     return {name: None if value is None else round(value, 6) for name, value in found.items()}
 
 

@@ -554,8 +554,13 @@ def analyse(
                 entry[clock] = asdict(Saving(None, None, None, "the baseline ran at another time, in another sweep"))
         own = [loss for _, loss in of(False, steps, "flops")]
         entry["loss"] = statistics.mean(own)
-        if "sparse_flops" in clocks and any(p["baseline"] and p["steps"] == steps for p in points):
-            entry["above_as_long"] = above(own, [loss for _, loss in of(True, steps, "flops")])
+        if any(p["baseline"] and p["steps"] == steps for p in points):
+            sides = [zip(*of(baseline, steps, "reference_seconds"), strict=True) for baseline in (False, True)]
+            (spent, losses), (plain_spent, plain_losses) = sides
+            entry["as_long"] = {
+                "loss": above(losses, plain_losses, paired=True),  # the same weights and data at the same seed
+                "reference_seconds": above(spent, plain_spent),
+            }
         if accuracies:
             clock, lengths_run = "reference_seconds", {p["steps"] for p in points if p["baseline"]}
             entry["at_equal"] = {

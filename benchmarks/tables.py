@@ -123,9 +123,9 @@ def points_table(result: dict[str, Any]) -> str:
         if "sparse_flops" in entry:
             told = percent(entry["sparse_flops"])
             lines += ["", f"FLOPs saved by {entry['steps']:,} steps if zeros cost nothing: {told}."]
-        if "above_as_long" in entry:
-            told = signed(entry["above_as_long"])
-            lines += ["", f"Loss after {entry['steps']:,} steps against the baseline's after as many: {told}."]
+        if "as_long" in entry:
+            told = [signed(entry["as_long"][name]) for name in ("loss", "reference_seconds")]
+            lines += ["", f"Against the baseline's {entry['steps']:,} steps: loss {told[0]}, reference time {told[1]}."]
     if after := result.get("after_one_step"):
         told = ", ".join(f"{ACCURACIES[name]} {accuracy:.1%}" for name, accuracy in after.items())
         lines += ["", f"For comparison, after a single step of pre-training: {told}."]

@@ -219,4 +219,5 @@ def test_flops_that_zeros_need_not_cost_are_a_clock_of_their_own():
     paid = 10**1.8  # the frontier loses a nat for each factor of ten
     assert headline["flops"]["estimate"] == pytest.approx(1 - 100 / paid)
     assert headline["sparse_flops"]["estimate"] == pytest.approx(1 - 30 / paid)
-    assert headline["above_as_long"]["estimate"] == pytest.approx(0.1)
+    assert headline["as_long"]["loss"]["estimate"] == pytest.approx(0.1)
+    assert headline["as_long"]["reference_seconds"]["estimate"] == 0.0
