@@ -371,6 +371,7 @@ def test_each_kind_of_step_has_its_price(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"presample": 1}, "presample=1: more samples must be scored than are trained"),
+        ({"presample": 2.5}, "presample=2.5: more samples must be scored than are trained, a whole number of times"),
         ({"threshold": -1.0}, "threshold=-1.0 must not be negative"),
         ({"look_every": 0}, "look_every=0 must be at least 1"),
     ],
@@ -400,7 +401,9 @@ def test_what_cannot_work_is_refused_before_a_step(tmp_path: Path) -> None:
         run(build("plain_torch"), loader("plain_torch"), output="net.tail")
 
 
-def test_a_step_that_goes_around_its_losses_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("choosing", [ALWAYS, NEVER], ids=["opens", "never opens"])
+def test_a_step_that_goes_around_its_losses_is_refused(choosing: dict[str, Any], tmp_path: Path) -> None:
+    """With the first batch, whose gate is closed."""
     from tests.foreign_models import PlainTorch
 
     class Around(PlainTorch):
@@ -408,7 +411,7 @@ def test_a_step_that_goes_around_its_losses_is_refused(tmp_path: Path) -> None:
             return F.cross_entropy(self.logits(batch), batch["label"])
 
     with pytest.raises(ValueError, match=r"training_step did not call self.per_sample_loss\(batch\)"):
-        fit(Around(optimizer=OPTIMIZERS["SGD"]), sized_like_plain(), tmp_path)
+        no_batch(tmp_path)(Around(optimizer=OPTIMIZERS["SGD"]), sized_like_plain(), **choosing)
 
 
 def sized_like_plain() -> Any:
