@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+
+from lit_scale.samples import SampleChoice, count_samples
 
 __all__ = ["GradientNoiseScale", "signal_and_noise"]
 
@@ -46,8 +47,11 @@ class GradientNoiseScale(Callback):
     taken. Metrics are ``gradient_noise_scale/critical_batch``, ``.../signal`` and ``.../noise``. It observes and
     changes nothing; on one device it needs ``accumulate_grad_batches`` of at least 2.
 
-    Gradients are taken as they are. What Adam or LAMB make of them has another noise scale, so read the figure as
-    an order of magnitude.
+    Gradients are taken as they are. Beside a technique that chooses samples, those that are trained count, and the
+    figure is of their gradients: with the gate of :class:`ImportanceSampling` open of the weighted ones, whose noise
+    too falls as S / B, with a smaller S. A step whose micro-batches differ in samples or in weighting tells nothing
+    and is left out. What Adam or LAMB make of gradients has another noise scale, so read the figure as an order of
+    magnitude.
 
     Args:
         smoothing: Weight of the past in the moving averages, in [0, 1).
@@ -71,7 +75,8 @@ class GradientNoiseScale(Callback):
         self._batch = 0  # samples of the latest step
         self._hooks: list[Any] = []
         self._seen: Tensor | None = None  # squared norm of the first micro-batch's gradient, while it is summed up
-        self._samples = self._micro_batches = 0
+        self._micro_batches: list[tuple[int, bool]] = []  # of the step: samples trained, and whether they were weighed
+        self._brought = 0  # samples of the batch at work
         self._watching = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,14 +130,14 @@ class GradientNoiseScale(Callback):
                 "GradientNoiseScale sees one gradient a step and can tell nothing; pass accumulate_grad_batches of at "
                 "least 2, or use several devices"
             )
-        self._micro_batches = 0
+        self._micro_batches = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen during the first micro-batch of a step."""
-        if self._micro_batches == 0:
-            first = next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
-            self._samples, self._seen = first.shape[0], None
-        self._watching = self._micro_batches == 0 and self._counts(trainer)
+        if not self._micro_batches:
+            self._seen = None
+        self._brought = count_samples(batch)
+        self._watching = not self._micro_batches and self._counts(trainer)
 
     def _counts(self, trainer: Trainer) -> bool:
         return trainer.accumulate_grad_batches * trainer.world_size > 1
@@ -144,18 +149,21 @@ class GradientNoiseScale(Callback):
             self._seen = square if self._seen is None else self._seen + square
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first micro-batch is through."""
+        """The first micro-batch is through; only now is it known what of each batch was trained."""
         self._watching = False
-        self._micro_batches += 1
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        choices = [callback.trained for callback in callbacks if isinstance(callback, SampleChoice)]
+        self._micro_batches.append(choices[0] if choices else (self._brought, False))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Both norms are there: smooth what follows from them."""
         window, ranks = trainer.accumulate_grad_batches, trainer.world_size
-        counted, self._micro_batches = self._micro_batches, 0
+        counted, self._micro_batches = self._micro_batches, []
         # The end of an epoch may cut a step short, and a gradient that overflowed in 16 bits is no gradient.
         seen, self._seen = self._seen, None
-        if seen is None or counted != window:
+        if seen is None or len(counted) != window or len(set(counted)) > 1:
             return
+        samples, _ = counted[0]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         small = seen * (window / (scaler.get_scale() if scaler is not None else 1.0)) ** 2
         if ranks > 1:
@@ -163,8 +171,8 @@ class GradientNoiseScale(Callback):
             small = small / ranks
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         large = torch.nn.utils.get_total_norm(gradients).float().square()
-        self._batch = self._samples * window * ranks
-        signal, noise = signal_and_noise(small, large, self._samples, self._batch)
+        self._batch = samples * window * ranks
+        signal, noise = signal_and_noise(small, large, samples, self._batch)
         if scaler is not None and not bool(signal.isfinite() & noise.isfinite()):
             return
         past = self.smoothing

@@ -98,6 +98,8 @@ class ImportanceSampling(SampleChoice):
         >>> trainer = Trainer(max_steps=1_000, callbacks=[ImportanceSampling(presample=4)], logger=False)
     """
 
+    weighs = True
+
     def __init__(
         self,
         presample: int = 3,
@@ -107,9 +109,10 @@ class ImportanceSampling(SampleChoice):
         output: str | None = None,
         seed: int = 0,
     ) -> None:
-        if presample < 2:
+        if not isinstance(presample, int) or presample < 2:
             raise ValueError(
-                f"presample={presample}: more samples must be scored than are trained, so at least 2 times as many"
+                f"presample={presample}: more samples must be scored than are trained, a whole number of times as many "
+                "and at least 2"
             )
         if threshold is not None and not threshold >= 0.0:
             raise ValueError(f"threshold={threshold} must not be negative; None opens the gate where that pays")
@@ -203,7 +206,7 @@ class ImportanceSampling(SampleChoice):
             scores = output_gradients(pl_module, batch, self.output)
             self._looks.append([scores.square()])
             index, weights = draw(scores, max(1, count // self.presample), self.generator(trainer, self.seed))
-            return self.weighted(pl_module, step, take_samples(batch, index), weights)
+            return self.weighted(step, take_samples(batch, index), weights)
         if self._loader is None:
             count = max(1, count // self.presample)
             batch = take_samples(batch, slice(0, count))

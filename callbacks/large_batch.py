@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lit_scale.optimizers import replace_optimizers, scale_rates
+from lit_scale.optimizers import replace_optimizers, run_schedulers, scale_rates
 from lit_scale.schedules import RateScaling, rate_factor
 from lit_scale.steps import accumulate, check_epoch, restore_accumulation
 from lit_scale.technique import Technique
@@ -32,7 +32,8 @@ class LargeBatch(Technique):
     Args:
         times: Micro-batches of an optimizer step, times the Trainer's own ``accumulate_grad_batches``.
         optimizer: ``"lamb"``, ``"lars"``, or ``"own"`` for the module's.
-        lr: Peak learning rate; None scales the module's own. A rate of LAMB is the relative change of a matrix in a
+        lr: Peak learning rate, in place of the ``max_lr`` of a schedule that has one, of the optimizer's own rate
+            otherwise; None scales the module's own. A rate of LAMB is the relative change of a matrix in a
             step, which AdamW's is not: around 0.01 to 0.05, or AdamW's over the standard deviation of the weights.
         scaling: How the module's rate is scaled where ``lr`` is None: ``"sqrt"``, ``"linear"`` or ``"none"``.
 
@@ -83,9 +84,7 @@ class LargeBatch(Technique):
         if self.optimizer != "own":
             replace_optimizers(trainer, self._replacement)
         for optimizer in trainer.optimizers:
-            # a scheduler has multiplied the rates already, and keeps the peak beside them
-            peak = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
-            factor = self._factor if self.lr is None else self.lr / peak
+            factor = self._factor if self.lr is None else self.lr / _peak(trainer, optimizer)
             self._ends.append(scale_rates(optimizer, partial(float, factor)))
 
     def _replacement(self, optimizer: Optimizer) -> Optimizer:
@@ -128,3 +127,12 @@ class LargeBatch(Technique):
     def step_shape(self) -> dict[str, Any]:
         """How many times the batch is as large."""
         return {"batch_times": self.times}
+
+
+def _peak(trainer: Trainer, optimizer: Optimizer) -> float:
+    """The largest rate of the module's schedule, which has multiplied the rates already and keeps it beside them."""
+    rates = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    for scheduler in run_schedulers(trainer):
+        if scheduler.optimizer is optimizer:
+            rates += getattr(scheduler, "max_lrs", [])  # a cyclic one keeps it to itself
+    return max(rates)

@@ -7,6 +7,7 @@ so they are Adam and SGD under other names. ``lamb8bit`` is LAMB's own update on
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Collection, Iterable
 from importlib.metadata import version
@@ -29,14 +30,19 @@ EIGHT_BIT = {
     "rmsprop8bit": "RMSprop8bit",
     "sgd8bit": "SGD8bit",
 }
-#: What takes the place of an optimizer of this class, and the options that it then must not have.
+#: What takes the place of an optimizer of this class, and the options that then must be off, or on.
 _SAME: dict[str, tuple[str, tuple[str, ...]]] = {
     "Adam": ("adam8bit", ("amsgrad", "maximize", "weight_decay")),  # torch adds the decay to the gradient
     "AdamW": ("adamw8bit", ("amsgrad", "maximize")),
-    "Lamb": ("lamb8bit", ("caution", "trust_clip", "decoupled_decay")),
-    "Lion": ("lion8bit", ("caution",)),
+    "Lamb": (
+        "lamb8bit",
+        ("caution", "trust_clip", "decoupled_decay", "corrected_weight_decay", "bias_correction", "grad_averaging"),
+    ),
+    "Lion": ("lion8bit", ("caution", "corrected_weight_decay", "maximize")),
     "SGD": ("sgd8bit", ("nesterov", "dampening", "maximize")),
 }
+#: Those that must be on.
+_ON = frozenset({"bias_correction", "grad_averaging"})
 
 
 def embedding_weights(module: nn.Module) -> list[nn.Parameter]:
@@ -83,7 +89,9 @@ class _Lamb:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.max_grad_norm is not None and gradients:
             self._shrink = (nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp_(min=1.0)
-        super().step()  # type: ignore[misc]
+        # not with torch's hooks around it, which it has once a plain Adam8bit was made; they are around this step
+        base = inspect.unwrap(super().step.__func__, stop=lambda method: not hasattr(method, "hooked"))  # type: ignore[misc]
+        base(self)
         return loss
 
     @torch.no_grad()
@@ -196,10 +204,12 @@ def to_eight_bit(optimizer: Optimizer, full_precision: Collection[nn.Parameter] 
             f"there is no 8-bit form of {type(optimizer).__module__}.{kind}; configure one of {known}, or make the "
             "8-bit one by create_optimizer"
         )
-    name, excluded = _SAME[kind]
-    for option in excluded:
-        if any(group.get(option) for group in optimizer.param_groups):
-            raise ValueError(f"the 8-bit form of {kind} does not have {option}; leave it out")
+    name, options = _SAME[kind]
+    for option in options:
+        usual = option in _ON
+        if any(bool(group.get(option, usual)) != usual for group in optimizer.param_groups):
+            other = f"{option}=False" if usual else option
+            raise ValueError(f"the 8-bit form of {kind} does not have {other}; leave it out")
     if name == "sgd8bit" and not all(group["momentum"] for group in optimizer.param_groups):
         raise ValueError("SGD without momentum has no state that 8 bits could make smaller")
     groups = []
@@ -210,5 +220,5 @@ def to_eight_bit(optimizer: Optimizer, full_precision: Collection[nn.Parameter] 
         if "momentum" in group:
             own["betas"] = (group["momentum"], 0.0)
         groups.append(own)
-    options = {"max_grad_norm": optimizer.defaults["max_grad_norm"]} if name == "lamb8bit" else {}
-    return make_eight_bit(name, groups, full_precision=full_precision, **options)
+    clip = {"max_grad_norm": optimizer.defaults["max_grad_norm"]} if name == "lamb8bit" else {}
+    return make_eight_bit(name, groups, full_precision=full_precision, **clip)

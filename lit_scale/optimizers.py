@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "create_optimizer",
     "hidden_matrices",
     "replace_optimizers",
+    "run_schedulers",
     "scale_rates",
     "state_bytes",
     "transfer_state",
@@ -155,12 +156,17 @@ def replace_optimizers(trainer: Trainer, make: Callable[[Optimizer], Optimizer])
     """
     replaced = {optimizer: make(optimizer) for optimizer in trainer.optimizers}
     trainer.strategy.optimizers = [replaced[optimizer] for optimizer in trainer.optimizers]
+    for scheduler in run_schedulers(trainer):
+        new = replaced.get(scheduler.optimizer)
+        if new is not None:
+            scheduler.optimizer = new
+            _mark_steps(new)
+
+
+def run_schedulers(trainer: Trainer) -> Iterator[Any]:
+    """The schedulers of a run, and those that one of them is made of."""
     for config in trainer.lr_scheduler_configs:
-        for scheduler in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):
-            new = replaced.get(scheduler.optimizer)
-            if new is not None:
-                scheduler.optimizer = new
-                _mark_steps(new)
+        yield from (config.scheduler, *getattr(config.scheduler, "_schedulers", ()))
 
 
 def _mark_steps(optimizer: Optimizer) -> None:
@@ -178,7 +184,7 @@ def _mark_steps(optimizer: Optimizer) -> None:
 def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[], None]:
     """Scale the learning rates around each step, so that no scheduler ever sees the scaled values.
 
-    Several scales on one optimizer multiply.
+    Several scales on one optimizer multiply; a step that its optimizer makes inside another one is not scaled again.
 
     Args:
         optimizer: Whose rates.
@@ -195,14 +201,23 @@ def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[
         (-0.4000000059604645, 0.1)
     """
     kept: list[tuple[dict[str, Any], Any]] = []
+    depth = 0  # of steps: torch's hooks are around a subclass's own and around its base's, where that has had objects
 
     def scale(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > 1:
+            return
         now = factor()
         kept[:] = [(group, group["lr"]) for group in optimizer.param_groups]
         for group, rate in kept:
             group["lr"] = rate * now
 
     def restore(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth > 0:
+            return
         for group, rate in kept:
             group["lr"] = rate
         kept.clear()
@@ -213,8 +228,10 @@ def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[
     hooks.update(others)  # the last to scale is the first to restore
 
     def end() -> None:
+        nonlocal depth
         before.remove()
         after.remove()
+        depth = 1
         restore()
 
     return end

@@ -129,10 +129,13 @@ class SampleChoice(Technique):
     (seed, rank, batch counter).
 
     Raises:
-        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message holds one.
+        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message holds one. With the first batch,
+            where losses are to be weighed and the module's ``training_step`` does not ask for them.
     """
 
     factor = "samples"
+    weighs = False  # losses, in some step; so that every step has to ask for them
+    trained = (0, False)  # how many samples the latest step has trained, and whether it has weighed them
     _loader: Any = None  # one that can be asked ahead
     _ended = False  # training has; steps are only replayed
     _weights: Tensor | None = None  # of the samples that are trained right now, (b,)
@@ -169,7 +172,17 @@ class SampleChoice(Technique):
         self._ended = False
 
         def step(method: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.train(trainer, pl_module, lambda own: method(own, *args, **kwargs), batch)
+            return self.train(trainer, pl_module, lambda own: own_step(method, own, *args, **kwargs), batch)
+
+        def own_step(method: Callable[..., Any], own: Any, *args: Any, **kwargs: Any) -> Any:
+            self.trained, self._asked = (count_samples(own), self._weights is not None), False
+            output = method(own, *args, **kwargs)
+            if self.weighs and output is not None and not self._asked:
+                raise ValueError(
+                    f"{type(pl_module).__name__}.training_step did not call self.per_sample_loss(batch), whose losses "
+                    f"{type(self).__name__} has to weigh; let it return self.per_sample_loss(batch).mean()"
+                )
+            return output
 
         self._unwrap = (
             wrap(pl_module, "training_step", step, outermost=True),
@@ -222,29 +235,26 @@ class SampleChoice(Technique):
         counter = trainer.fit_loop.total_batch_idx
         return torch.Generator().manual_seed(derive_seed(seed, trainer.global_rank, counter))
 
-    def weighted(self, pl_module: LightningModule, step: Step, batch: Any, weights: Tensor) -> Any:
-        """The module's own step, with the losses of its samples multiplied by ``weights`` (b,)."""
-        self._weights, self._asked = weights, False
+    def weighted(self, step: Step, batch: Any, weights: Tensor) -> Any:
+        """The module's own step, with the losses of its samples multiplied by ``weights`` (b,).
+
+        For a subclass with ``weighs = True``: a module that goes around its losses is refused with the first batch.
+        """
+        self._weights = weights
         try:
-            output = step(batch)
+            return step(batch)
         finally:
             self._weights = None
-        if not self._asked:
-            raise ValueError(
-                f"{type(pl_module).__name__}.training_step did not call self.per_sample_loss(batch), whose losses "
-                f"{type(self).__name__} has to weigh; let it return self.per_sample_loss(batch).mean()"
-            )
-        return output
 
     def _weigh(self, method: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         losses = method(*args, **kwargs)
+        self._asked = True
         if self._weights is None:
             return losses
         if losses.shape != self._weights.shape:
             raise ValueError(
                 f"per_sample_loss returned {tuple(losses.shape)} for {len(self._weights)} samples; return one loss each"
             )
-        self._asked = True
         return losses * self._weights.to(losses)
 
 

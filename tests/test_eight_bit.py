@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import Lamb, Lion
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -120,6 +121,22 @@ def test_lamb_is_that_of_the_paper(name: str) -> None:
         torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=1e-6)
 
 
+def test_lamb_s_step_is_one_step_to_whom_it_calls() -> None:
+    """Also where a plain Adam8bit of the process has made torch hook the step that LAMB's calls."""
+    import bitsandbytes.optim
+
+    bitsandbytes.optim.Adam8bit([nn.Parameter(torch.zeros(4))])
+    net = nn.Linear(64, 64)
+    optimizer = create_optimizer(net, "lamb8bit", lr=1e-2)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    net(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    assert calls == ["before", "after"]
+    assert all(optimizer.state[p] for p in net.parameters())
+
+
 @pytest.mark.parametrize("name", ["lamb", "lamb8bit", "lars"])
 def test_matrices_are_adapted_without_decay_too_and_vectors_never(name: str) -> None:
     """A matrix of twice the size moves twice as far, a vector as far as ever."""
@@ -229,6 +246,11 @@ def test_the_8_bit_form_takes_groups_rates_and_decays_along(name: str) -> None:
         (lambda p: torch.optim.AdamW(p, amsgrad=True), "8-bit form of AdamW does not have amsgrad"),
         (lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), "8-bit form of SGD does not have nesterov"),
         (lambda p: torch.optim.SGD(p, 0.1), "SGD without momentum has no state"),
+        (lambda p: Lamb(p, bias_correction=False), "8-bit form of Lamb does not have bias_correction=False"),
+        (lambda p: Lamb(p, grad_averaging=False), "8-bit form of Lamb does not have grad_averaging=False"),
+        (lambda p: Lamb(p, corrected_weight_decay=True), "8-bit form of Lamb does not have corrected_weight_decay"),
+        (lambda p: Lion(p, corrected_weight_decay=True), "8-bit form of Lion does not have corrected_weight_decay"),
+        (lambda p: Lion(p, maximize=True), "8-bit form of Lion does not have maximize"),
         (lambda p: torch.optim.Rprop(p), "no 8-bit form of torch.optim.rprop.Rprop; configure one of Adam, AdamW"),
     ],
 )

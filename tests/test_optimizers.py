@@ -329,6 +329,33 @@ def test_another_optimizer_goes_on_with_the_run_s_schedule(recwarn: pytest.Warni
     assert not [w for w in recwarn if "optimizer.step" in str(w.message)]
 
 
+def test_a_step_inside_a_step_is_scaled_once() -> None:
+    """torch hooks the step of a class at its first object: of a subclass, then, both its own and its base's."""
+
+    class Base(torch.optim.SGD):
+        pass
+
+    class Twice(Base):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.sub_(group["lr"])
+
+    Base([nn.Parameter(torch.zeros(1))], lr=0.5)
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = Twice([weight], lr=0.5)
+    ends = [scale_rates(optimizer, lambda: 4.0), scale_rates(optimizer, lambda: 3.0)]
+    weight.grad = torch.ones(1)
+    for step in range(1, 4):
+        optimizer.step()
+        assert (weight.item(), optimizer.param_groups[0]["lr"]) == (-12.0 * step, 0.5)
+    for end in ends[::-1]:
+        end()
+    optimizer.step()
+    assert weight.item() == -37.0
+
+
 def test_rates_are_scaled_in_a_step_and_nowhere_else() -> None:
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)

@@ -9,12 +9,21 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from lit_scale.callbacks import BatchRamp, GradientNoiseScale, ProgressiveStacking
+from lit_scale.callbacks import (
+    BatchRamp,
+    GradientNoiseScale,
+    ImportanceSampling,
+    ProgressiveStacking,
+    RhoLoss,
+    SelectiveBackprop,
+)
 from lit_scale.callbacks.gradient_noise_scale import signal_and_noise
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.guards import SafeCheckpointIO, StepSeed
+from lit_scale.samples import count_samples
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.sized_models import image_model, sized_loader
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -141,6 +150,78 @@ def test_it_changes_nothing_and_resumes_exactly(tmp_path: Path) -> None:
         one, other = watching.state_dict(), again.state_dict()
         assert one.keys() == other.keys()
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+
+
+class Gradients(Callback):
+    """Counts the samples of each micro-batch where they are trained, and notes the gradient each of them adds."""
+
+    def __init__(self) -> None:
+        self.trained: list[int] = []
+        self.added: list[Tensor] = []
+        self._sum: Tensor | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        method = type(pl_module).per_sample_loss
+
+        def noted(batch: Any) -> Tensor:
+            if pl_module.training:
+                self.trained.append(count_samples(batch))
+            return method(pl_module, batch)
+
+        pl_module.per_sample_loss = noted
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        before, self._sum = self._sum, torch.cat(gradients).double()
+        self.added.append(self._sum if before is None else self._sum - before)
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self._sum = None
+
+
+class Opens(ImportanceSampling):
+    """Its gate opens with the fourth batch, in the middle of a step."""
+
+    def _is_open(self, number: int) -> bool:
+        return number >= 3
+
+
+CHOOSING: dict[str, Any] = {
+    "importance": Opens,
+    "rho": lambda: RhoLoss(image_model("by_hand", seed=7), share=0.25),
+    "selective": lambda: SelectiveBackprop(0.25, 0.75, keep=0.5, interrupt=0),
+    "interrupted": lambda: SelectiveBackprop(0.25, 0.75, keep=0.5, interrupt=2),
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("choosing", CHOOSING)
+def test_it_counts_the_samples_that_are_trained(choosing: str, order: int, tmp_path: Path) -> None:
+    """Against the gradients as they come, and what the network itself was given; unequal micro-batches tell nothing."""
+    noise, watch = GradientNoiseScale(smoothing=0.5), Gradients()
+    parts: list[Callback] = [CHOOSING[choosing](), noise]
+    trainer = quiet_trainer(
+        tmp_path, max_steps=8, accumulate_grad_batches=2, callbacks=[watch, StepSeed(), *parts[::order]]
+    )
+    trainer.fit(image_model("by_hand", dropout=0.0), sized_loader())
+    weight = signal = noisy = 0.0
+    kept = 0
+    for step in range(8):
+        one, other = watch.trained[2 * step : 2 * step + 2]
+        if one != other or (choosing == "importance" and step == 1):  # one plain, the other weighted
+            continue
+        small = 2 * watch.added[2 * step]
+        large = watch.added[2 * step] + watch.added[2 * step + 1]
+        one_signal, one_noise = signal_and_noise(small.square().sum(), large.square().sum(), one, 2 * one)
+        weight, signal, noisy = (
+            0.5 * past + 0.5 * now for past, now in ((weight, 1.0), (signal, one_signal), (noisy, one_noise))
+        )
+        kept += 1
+    assert noise._weight == weight
+    assert float(noise.signal) == pytest.approx(float(signal), rel=1e-3)
+    assert float(noise.noise) == pytest.approx(float(noisy), rel=1e-3)
+    assert noise._batch == 2 * watch.trained[-1] == 2 * 4
+    assert kept == {"importance": 7, "rho": 8, "selective": 8, "interrupted": 4}[choosing]
 
 
 def test_a_step_that_the_epoch_cuts_short_is_left_out(tmp_path: Path) -> None:

@@ -372,6 +372,7 @@ def test_each_kind_of_step_has_its_price(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"presample": 1}, "presample=1: more samples must be scored than are trained"),
+        ({"presample": 2.5}, "presample=2.5: more samples must be scored than are trained, a whole number of times"),
         ({"threshold": -1.0}, "threshold=-1.0 must not be negative"),
         ({"look_every": 0}, "look_every=0 must be at least 1"),
     ],
@@ -411,7 +412,9 @@ def test_a_batch_too_small_for_the_gate_ever_to_open_is_told(count: int, warned:
     assert any("train more than 4 samples a step" in str(one.message) for one in told) == warned
 
 
-def test_a_step_that_goes_around_its_losses_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("choosing", [ALWAYS, NEVER], ids=["opens", "never opens"])
+def test_a_step_that_goes_around_its_losses_is_refused(choosing: dict[str, Any], tmp_path: Path) -> None:
+    """With the first batch, whose gate is closed."""
     from tests.foreign_models import PlainTorch
 
     class Around(PlainTorch):
@@ -419,7 +422,7 @@ def test_a_step_that_goes_around_its_losses_is_refused(tmp_path: Path) -> None:
             return F.cross_entropy(self.logits(batch), batch["label"])
 
     with pytest.raises(ValueError, match=r"training_step did not call self.per_sample_loss\(batch\)"):
-        fit(Around(optimizer=OPTIMIZERS["SGD"]), sized_like_plain(), tmp_path)
+        no_batch(tmp_path)(Around(optimizer=OPTIMIZERS["SGD"]), sized_like_plain(), **choosing)
 
 
 def sized_like_plain() -> Any:

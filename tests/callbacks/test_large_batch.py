@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from timm.optim import Lamb, Lars
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LRScheduler, OneCycleLR, SequentialLR
 
 from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
 from lit_scale.cost import CostMeter
@@ -54,6 +54,43 @@ def test_it_is_accumulation_with_the_other_optimizer_and_rate(kind: Any, rate: d
     for one, other in zip(module.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert type(trainer.optimizers[0]) is type(optimizer)
+
+
+SCHEDULES: dict[str, Any] = {
+    "one cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=1e-3, total_steps=10),
+    "cyclic": lambda optimizer: CyclicLR(optimizer, 1e-4, 1e-3, step_size_up=4, cycle_momentum=False),
+    "in sequence": lambda optimizer: SequentialLR(
+        optimizer,
+        [CosineAnnealingLR(optimizer, 9), CyclicLR(optimizer, 1e-4, 5e-3, step_size_up=2, cycle_momentum=False)],
+        [2],
+    ),
+    "falling": lambda optimizer: CosineAnnealingLR(optimizer, T_max=9),
+}
+
+
+@pytest.mark.parametrize("kind", ["lamb", "own"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_asked_for_is_the_largest_that_is_used(kind: Any, schedule: str, tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Notes(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:  # behind the scaling
+            trainer.optimizers[0].register_step_pre_hook(lambda its, *_: rates.append(its.param_groups[0]["lr"]))
+
+    from tests.foreign_models import PlainTorch
+
+    class Scheduled(PlainTorch):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+            scheduler: LRScheduler = SCHEDULES[schedule](optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    trainer = quiet_trainer(
+        tmp_path, max_steps=8, callbacks=[StepSeed(), LargeBatch(2, optimizer=kind, lr=0.02), Notes()]
+    )
+    trainer.fit(Scheduled(), loader("plain_torch"))
+    assert len(rates) == 8
+    assert max(rates) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
