@@ -273,7 +273,7 @@ class DynamicSparsity(Technique):
                 self._prepare(False)
         for part in self._parts:
             if isinstance(part, Cells):
-                part.positions = 0
+                part.begin()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the scores from the dense gradient, then let it be that of the sparse network, before it is clipped."""
@@ -437,4 +437,4 @@ class DynamicSparsity(Technique):
     def skipped_flops(self) -> int:
         """FLOPs that only a kernel for sparse matrices would leave out: forward, and both gradients."""
         products = 2 if self._dense else 3  # the dense gradient of the weights is needed where some grow
-        return sum(products * p.skipped(int(p.active.sum())) for p in self._parts if isinstance(p, Cells))
+        return sum(p.skipped(products) for p in self._parts if isinstance(p, Cells))

@@ -159,6 +159,53 @@ def test_slots_are_zeroed_entry_by_entry(name: str) -> None:
     optimizer.step()  # goes on
 
 
+@pytest.mark.parametrize("name", ["AdEMAMix", "AdEMAMix8bit"])
+def test_slots_that_hold_two_averages_are_zeroed_entry_by_entry(name: str) -> None:
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_blockwise
+
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(24, 32))
+    optimizer = getattr(bitsandbytes.optim, name)([weight], min_8bit_size=16)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+
+    def averages() -> torch.Tensor:  # (2, 24, 32)
+        state = optimizer.state[weight]
+        if name == "AdEMAMix":
+            return state["state1"].clone()
+        codes = zip(state["state1"], state["absmax1"], strict=True)
+        return torch.stack([dequantize_blockwise(c, absmax=a, code=state["qmap1"], blocksize=256) for c, a in codes])
+
+    keep, before = torch.rand(24, 1) < 0.5, averages()
+    assert before.shape == (2, 24, 32)
+    assert (before != 0).sum() > 1_200
+    masks = WeightMasks(nn.ParameterList([weight]))
+    masks.set(weight, keep)
+    masks.zero_codes([optimizer])
+    assert torch.equal(averages(), before if name == "AdEMAMix" else before * keep)  # others have no codes
+    zero_slots([optimizer], weight, keep)
+    assert torch.equal(averages(), before * keep)
+    assert not slots(optimizer, weight)["state2"][~keep[:, 0]].any()
+
+
+def test_vectors_without_a_gradient_are_one_product_of_the_matrix() -> None:
+    line = nn.Linear(4, 6)
+    cells = Cells("weight", line.weight, line, side=2)
+    cells.active = torch.tensor([True, False, True, False, False, True])  # 12 weights are not
+    handle = cells.watch()
+    line(torch.ones(5, 2, 4)).sum().backward()
+    with torch.no_grad():
+        line(torch.ones(7, 4))
+    assert (cells.positions, cells.forward_only) == (17, 7)
+    assert cells.skipped(products=3) == 2 * 12 * (3 * 10 + 7)
+    cells.begin()
+    line(torch.ones(4))
+    handle.remove()
+    assert cells.skipped(products=2) == 2 * 12 * 2
+
+
 # ---- units
 
 
