@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -233,7 +234,7 @@ class DynamicSparsity(Technique):
         if stage != "fit":
             return  # what is masked is 0: the plain network is the sparse one
         goes_on = {part.name: part.active.cpu() for part in self._parts} if trainer.global_step else {}
-        self._parts, self._due = self._find(pl_module), False
+        self._parts, self._due, self._masks = self._find(pl_module), False, WeightMasks(pl_module)
         for part, count in zip(self._parts, self._counts(self._parts), strict=True):
             scores = self._random(part, 0, "first")
             if self.granularity == "2:4":
@@ -242,6 +243,8 @@ class DynamicSparsity(Technique):
                 chosen = scores.argsort()[:count]
             first = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, chosen.flatten(), True)
             part.active = goes_on.get(part.name, first)
+            if isinstance(part, Cells):  # from setup on, so that whoever listens to gradients later hears these
+                self._handles.append(part.parameter.register_hook(partial(self._sparse, part.parameter)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask the weights, now that a checkpoint has been read and the device is known."""
@@ -273,7 +276,7 @@ class DynamicSparsity(Technique):
                 self._prepare(False)
         for part in self._parts:
             if isinstance(part, Cells):
-                part.positions = 0
+                part.begin()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the scores from the dense gradient, then let it be that of the sparse network, before it is clipped."""
@@ -341,6 +344,11 @@ class DynamicSparsity(Technique):
             self._everything = everything
             for part in cast(list[UnitGroup], self._parts):
                 part.show(None if everything else part.active)
+
+    def _sparse(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+        """The gradient of the sparse network, for what takes its norm before all of it is there; None leaves it."""
+        mask = self._masks.masks.get(parameter)  # none before training starts
+        return None if mask is None or self._off or self._growing else gradient * mask
 
     def _mask(self, part: Cells | UnitGroup) -> None:
         for parameter, mask in part.masks():
@@ -437,4 +445,4 @@ class DynamicSparsity(Technique):
     def skipped_flops(self) -> int:
         """FLOPs that only a kernel for sparse matrices would leave out: forward, and both gradients."""
         products = 2 if self._dense else 3  # the dense gradient of the weights is needed where some grow
-        return sum(products * p.skipped(int(p.active.sum())) for p in self._parts if isinstance(p, Cells))
+        return sum(p.skipped(products) for p in self._parts if isinstance(p, Cells))

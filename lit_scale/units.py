@@ -11,8 +11,9 @@ a gradient of exactly 0. With a unit's weights at 0 the plain network computes t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any, Literal, cast
 
 import torch
@@ -113,7 +114,7 @@ class UnitGroup:
         """Give the layers their own forward back."""
         self.show(None)
         for linear, own in self._own:
-            linear.__dict__.pop("forward")
+            linear.__dict__.pop("forward", None)
             if own is not None:
                 linear.__dict__["forward"] = own
         self._own = []
@@ -188,31 +189,51 @@ class UnitGroup:
 def find_units(stack: BlockStack, kind: UnitKind = "all") -> list[UnitGroup]:
     """The units of a network's blocks.
 
-    Neurons are those between two linear layers, the first of which may be several side by side (gated), where the
-    channels between are not as many as those around. Heads are those of our own attention, of timm's ``Attention``, and
-    of Hugging Face's attentions of the form that BERT's has; those of others stay as they are.
+    Neurons are those between two linear layers, the first of which may be two side by side (gated), where the channels
+    between are not as many as those around. Heads are those of our own attention, of timm's ``Attention``, and of
+    Hugging Face's attentions of the form that BERT's has; those of others stay as they are.
 
     Args:
         stack: The blocks.
         kind: Which of them.
 
     Raises:
-        ValueError: If there are none, or something else has weights for each of a layer's neurons.
+        ValueError: If there are none, two of them share weights, or something else has weights for each of a layer's
+            neurons.
     """
     groups: list[UnitGroup] = []
     for label, block in zip(stack.container._modules, stack.blocks, strict=True):
         path = f"{stack.path}.{label}"
         groups += _heads(path, block) if kind != "neurons" else []
         groups += _neurons(path, block) if kind != "heads" else []
-    found = list({id(group.key): group for group in groups}.values())  # blocks may be one and the same
-    found = [g for g in found if all(p.requires_grad for p, _ in g.masks())]
+    found = [g for g in groups if all(p.requires_grad for p, _ in g.masks())]
     if not found:
         what = "attention heads" if kind == "heads" else "feed-forward neurons"
         raise ValueError(
             f"found no {what} to leave out in {stack!r}: neurons stand between two trained nn.Linear, heads in the "
             "attention of lit_scale, timm or Hugging Face's BERT; use granularity='weight'"
         )
-    return found
+    return _unshared(stack, found)
+
+
+def _unshared(stack: BlockStack, groups: Iterable[UnitGroup]) -> list[UnitGroup]:
+    """Those of blocks that are one and the same, once; a weight of two groups would be masked for each of them."""
+    kept: dict[frozenset[int], UnitGroup] = {}
+    for group in groups:
+        weights = [one.weight for one in [*group.ins, group.out]]
+        mine = frozenset(map(id, weights))
+        for theirs in kept:
+            if mine != theirs and mine & theirs:
+                shared = next(weight for weight in weights if id(weight) in theirs)
+                named = stack.container.named_parameters(stack.path, remove_duplicate=False)
+                first, second, *_ = [name for name, parameter in named if parameter is shared]
+                raise ValueError(
+                    f"{first!r} and {second!r} are one weight (tied), but other weights of their units are not, so "
+                    "units cannot be left out of one without the other; share all layers of the units or none, or use "
+                    "granularity='weight'"
+                )
+        kept.setdefault(mine, group)
+    return list(kept.values())
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -222,20 +243,46 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _neurons(path: str, block: nn.Module) -> Iterator[UnitGroup]:
+    """Those of the block's feed-forward layers, told by the order and the widths of its linear layers.
+
+    Queries, keys and values may look alike, but are three, or stand beside others; feed-forward layers are one or two,
+    and nothing else of their parent stands between the sublayer before and the layer that leads out of the neurons.
+    """
     attentions = [module for module in block.modules() if _is_attention(module)]
     inside = {id(part) for module in attentions for part in module.modules()}
     linears = [(name, m) for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in inside]
+    widths = [{m.in_features, m.out_features} for m in block.modules() if isinstance(m, nn.Linear)]
+    begin = 0  # behind the sublayer before
     for place, (name, down) in enumerate(linears):
         hidden, width = down.in_features, down.out_features
-        first = place
-        while first and (linears[first - 1][1].in_features, linears[first - 1][1].out_features) == (width, hidden):
-            first -= 1
-        if first == place or hidden == width:
+        ahead = sum(width in pair for pair in widths) - sum(hidden in pair for pair in widths)
+        if ahead < 0:  # most layers lead from or to the stream, so this one leads away from it
             continue
-        ups = [linear for _, linear in linears[first:place]]
-        _check_between(path, block, [name for name, _ in linears[first : place + 1]], hidden)
+        before = linears[begin:place]
+        ups = [one for one in before if _parent(one) == _parent(before[-1])]
+        fits = [(up.in_features, up.out_features) == (width, hidden) for _, up in ups]
+        if hidden == width or ahead > 0 or any(fits[-1:]):
+            begin = place + 1
+        if hidden == width or len(ups) not in (1, 2) or not all(fits) or _goes_on(ups, linears[place:]):
+            continue
+        _check_between(path, block, [*(up for up, _ in ups), name], hidden)
         each = torch.arange(hidden)[:, None]
-        yield UnitGroup(f"{path}.{name}", "neurons", ups, down, [each] * len(ups), each)
+        yield UnitGroup(f"{path}.{name}", "neurons", [up for _, up in ups], down, [each] * len(ups), each)
+
+
+def _parent(named: tuple[str, nn.Linear]) -> str:
+    return named[0].rpartition(".")[0]
+
+
+def _goes_on(ups: Sequence[tuple[str, nn.Linear]], rest: Sequence[tuple[str, nn.Linear]]) -> bool:
+    """Whether others like the ups stand behind what leads out, but nothing that leads out of those: LLaMA's gates."""
+    up, down = ups[0], rest[0]
+    more = list(takewhile(lambda one: _parent(one) == _parent(up) == _parent(down) and _alike(one, up), rest[1:]))
+    return bool(more) and not any(_alike(one, down) for one in rest[len(more) + 1 : len(more) + 2])
+
+
+def _alike(one: tuple[str, nn.Linear], other: tuple[str, nn.Linear]) -> bool:
+    return one[1].weight.shape == other[1].weight.shape
 
 
 def _check_between(path: str, block: nn.Module, names: Sequence[str], hidden: int) -> None:

@@ -85,9 +85,10 @@ class WeightMasks:
 def zero_slots(optimizers: Iterable[Optimizer], parameter: nn.Parameter, keep: Tensor) -> None:
     """Zero an optimizer's slots of a parameter but for some entries.
 
-    Slots are the tensors of the parameter's shape in ``optimizer.state[parameter]``. Those that bitsandbytes holds in
-    8 bits are codes of a table, each scaled by the largest value of its block: zeroing writes the code of 0. What is
-    not kept per entry, as Adafactor's factors, stays.
+    Slots are the tensors of the parameter's shape in ``optimizer.state[parameter]``, or several of them in one
+    (AdEMAMix's two averages in bitsandbytes). Those that bitsandbytes holds in 8 bits are codes of a table, each scaled
+    by the largest value of its block: zeroing writes the code of 0. What is not kept per entry, as Adafactor's factors,
+    stays.
 
     Args:
         optimizers: Those of the run.
@@ -104,7 +105,7 @@ def zero_slots(optimizers: Iterable[Optimizer], parameter: nn.Parameter, keep: T
     for optimizer in optimizers:
         state = optimizer.state.get(parameter, {})
         for name, slot in state.items():
-            if not isinstance(slot, Tensor) or slot.shape != parameter.shape:
+            if not isinstance(slot, Tensor) or parameter.shape not in (slot.shape, slot.shape[1:]):
                 continue
             zero = 0
             if slot.dtype == torch.uint8:  # state1 is read through qmap1, state2 through qmap2
@@ -219,7 +220,8 @@ class Cells:
 
     Attributes:
         active: Which cells are, (cells,).
-        positions: Vectors that the matrix was multiplied with since this was last set to 0, while it is watched.
+        positions: Vectors that the matrix was multiplied with since :meth:`begin`, while it is watched.
+        forward_only: Those among them that no gradient was to be taken of, as where samples are only scored.
 
     Args:
         name: Of the parameter.
@@ -248,7 +250,7 @@ class Cells:
         self.name, self.parameter, self.owner, self.side = name, parameter, owner, side
         self.grid = (outputs // side, inputs // side)
         self.active = torch.ones(math.prod(self.grid), dtype=torch.bool)
-        self.positions = 0
+        self.begin()
 
     @property
     def key(self) -> nn.Parameter:
@@ -270,9 +272,18 @@ class Cells:
             tiles = tiles.repeat_interleave(self.side, 0).repeat_interleave(self.side, 1)
         return [(self.parameter, tiles.view(self.parameter.shape))]
 
-    def skipped(self, active: int) -> int:
-        """FLOPs of one product of the matrix with all those vectors that belong to inactive cells."""
-        return 2 * self.positions * (len(self.active) - active) * self.side**2
+    def begin(self) -> None:
+        """Count the vectors of a new step."""
+        self.positions = self.forward_only = 0
+
+    def skipped(self, products: int) -> int:
+        """FLOPs of the products of the matrix with all those vectors that belong to inactive cells.
+
+        Args:
+            products: As many for each vector as forward and backward take; where there is no backward, it is one.
+        """
+        inactive = int((~self.active).sum()) * self.side**2
+        return 2 * inactive * (products * (self.positions - self.forward_only) + self.forward_only)
 
     def watch(self) -> torch.utils.hooks.RemovableHandle:
         """Count the vectors that the matrix is multiplied with."""
@@ -280,7 +291,9 @@ class Cells:
 
         def count(owner: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> None:
             out = output[0] if isinstance(output, tuple) else output
-            self.positions += out.numel() // (self.parameter.shape[0] if is_convolution else out.shape[-1])
+            vectors = out.numel() // (self.parameter.shape[0] if is_convolution else out.shape[-1])
+            self.positions += vectors
+            self.forward_only += 0 if torch.is_grad_enabled() else vectors
 
         return self.owner.register_forward_hook(count)
 

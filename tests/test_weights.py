@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -158,6 +159,53 @@ def test_slots_are_zeroed_entry_by_entry(name: str) -> None:
     optimizer.step()  # goes on
 
 
+@pytest.mark.parametrize("name", ["AdEMAMix", "AdEMAMix8bit"])
+def test_slots_that_hold_two_averages_are_zeroed_entry_by_entry(name: str) -> None:
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_blockwise
+
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(24, 32))
+    optimizer = getattr(bitsandbytes.optim, name)([weight], min_8bit_size=16)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+
+    def averages() -> torch.Tensor:  # (2, 24, 32)
+        state = optimizer.state[weight]
+        if name == "AdEMAMix":
+            return state["state1"].clone()
+        codes = zip(state["state1"], state["absmax1"], strict=True)
+        return torch.stack([dequantize_blockwise(c, absmax=a, code=state["qmap1"], blocksize=256) for c, a in codes])
+
+    keep, before = torch.rand(24, 1) < 0.5, averages()
+    assert before.shape == (2, 24, 32)
+    assert (before != 0).sum() > 1_200
+    masks = WeightMasks(nn.ParameterList([weight]))
+    masks.set(weight, keep)
+    masks.zero_codes([optimizer])
+    assert torch.equal(averages(), before if name == "AdEMAMix" else before * keep)  # others have no codes
+    zero_slots([optimizer], weight, keep)
+    assert torch.equal(averages(), before * keep)
+    assert not slots(optimizer, weight)["state2"][~keep[:, 0]].any()
+
+
+def test_vectors_without_a_gradient_are_one_product_of_the_matrix() -> None:
+    line = nn.Linear(4, 6)
+    cells = Cells("weight", line.weight, line, side=2)
+    cells.active = torch.tensor([True, False, True, False, False, True])  # 12 weights are not
+    handle = cells.watch()
+    line(torch.ones(5, 2, 4)).sum().backward()
+    with torch.no_grad():
+        line(torch.ones(7, 4))
+    assert (cells.positions, cells.forward_only) == (17, 7)
+    assert cells.skipped(products=3) == 2 * 12 * (3 * 10 + 7)
+    cells.begin()
+    line(torch.ones(4))
+    handle.remove()
+    assert cells.skipped(products=2) == 2 * 12 * 2
+
+
 # ---- units
 
 
@@ -255,3 +303,132 @@ def test_new_weights_are_as_large_as_the_active_ones() -> None:
     group.fill(~group.active, group.draw(torch.Generator().manual_seed(0)))
     assert group.ins[0].weight[100:].std().item() == pytest.approx(0.3, rel=0.05)
     assert torch.equal(group.out.weight, before)
+
+
+class FeedForward(nn.Module):
+    """On a stream 4 wide, with layers named and made in the order given: 'u' and 'g' lead in, 'd' leads out."""
+
+    def __init__(self, order: str = "ud", hidden: int = 6) -> None:
+        super().__init__()
+        self.order = order
+        for name in order:
+            setattr(self, name, nn.Linear(hidden, 4) if name == "d" else nn.Linear(4, hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.g(x)) if "g" in self.order else 1.0
+        return x + self.d(torch.tanh(self.u(x)) * gate)
+
+
+class Projected(nn.Module):
+    """An attention with separate projections (T5's names by default), wider inside than the stream."""
+
+    def __init__(self, names: str = "q k v o", inner: int = 6, value: int | None = None) -> None:
+        super().__init__()
+        self.names = sorted(names.split(), key=["q", "k", "v", "o", "to_q", "to_k", "to_v", "to_out"].index)
+        for name in names.split():
+            is_out, width = name in ("o", "to_out"), inner if name in ("q", "to_q") else value or inner
+            setattr(self, name, nn.Linear(inner, 4) if is_out else nn.Linear(4, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, o = (getattr(self, name) for name in self.names)
+        heads = [part(x).unflatten(-1, (-1, 3)).transpose(1, 2) for part in (q, k, v)]
+        scored = nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
+        return x + o(scored.transpose(1, 2).flatten(2))
+
+
+class Flat(nn.Module):
+    """Layers of the block's own; pairs of them, in order, are feed-forwards behind a flat attention."""
+
+    def __init__(self, attention: bool, count: int) -> None:
+        super().__init__()
+        if attention:
+            self.q, self.k, self.v, self.o = (nn.Linear(*pair) for pair in [(4, 6)] * 3 + [(6, 4)])
+        for index in range(count):
+            setattr(self, f"up{index}", nn.Linear(4, 6))
+            setattr(self, f"down{index}", nn.Linear(6, 4))
+        self.attention, self.count = attention, count
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.attention:
+            x = x + self.o(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+        for index in range(self.count):
+            x = x + getattr(self, f"down{index}")(torch.tanh(getattr(self, f"up{index}")(x)))
+        return x
+
+
+def _row(*parts: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: _row(Projected(), FeedForward()), ["1.d"]),
+        (lambda: _row(Projected(inner=12), FeedForward(hidden=12)), ["1.d"]),
+        (lambda: _row(Projected("to_q to_k to_v to_out"), FeedForward("gud")), ["1.d"]),
+        (lambda: _row(Projected("k v q o", value=3), FeedForward()), ["1.d"]),  # several heads share a key
+        (lambda: _row(Projected("q k v o", value=3), FeedForward()), ["1.d"]),
+        (lambda: _row(FeedForward(), FeedForward()), ["0.d", "1.d"]),
+        (lambda: _row(FeedForward("gud"), Projected(), FeedForward("gud")), ["0.d", "2.d"]),
+        (lambda: _row(FeedForward("udg"), FeedForward("udg"), FeedForward()), ["2.d"]),  # gated in LLaMA's order
+        (lambda: Flat(False, 2), ["down0", "down1"]),
+        (lambda: Flat(True, 2), ["down0", "down1"]),
+        (lambda: Flat(True, 1), ["down0"]),
+    ],
+)
+def test_attentions_stay_dense_and_sublayers_apart(make: Callable[[], nn.Module], expected: list[str]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Sequential(make(), make()))
+    groups, _ = shown(network, 0.5)
+    assert [group.name for group in groups] == [f"0.{block}.{name}" for block in (0, 1) for name in expected]
+    x = torch.randn(2, 5, 4)
+    reduced = network(x)
+    for group in groups:
+        group.release()
+    torch.testing.assert_close(reduced, network(x))
+
+
+def test_neurons_of_hugging_face_t5() -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=8, d_model=16, d_kv=4, num_heads=6, d_ff=32, num_layers=2, dropout_rate=0.0)
+    network = T5EncoderModel(config)
+    groups, _ = shown(network, 0.5)
+    assert [group.name for group in groups] == [f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in (0, 1)]
+    ids = torch.arange(8)[None]
+    reduced = network(input_ids=ids).last_hidden_state
+    for group in groups:
+        group.release()
+    torch.testing.assert_close(reduced, network(input_ids=ids).last_hidden_state)
+
+
+def test_groups_that_share_a_layer_are_released_in_any_order() -> None:
+    up, down = nn.Linear(2, 3), nn.Linear(3, 2)
+    each = torch.arange(3)[:, None]
+    groups = [UnitGroup(name, "neurons", [up], down, [each], each) for name in "ab"]
+    for group in groups:
+        group.attach()
+    for group in groups:
+        group.release()
+
+
+@pytest.mark.parametrize("name", ["u", "d"])
+def test_blocks_that_share_some_of_a_units_weights_are_refused(name: str) -> None:
+    blocks = nn.Sequential(*(FeedForward() for _ in range(3)))
+    getattr(blocks[2], name).weight = getattr(blocks[0], name).weight
+    message = rf"'0\.0\.{name}\.weight' and '0\.2\.{name}\.weight' are one weight \(tied\).*granularity='weight'"
+    with pytest.raises(ValueError, match=message):
+        find_units(find_blocks(nn.Sequential(blocks)))
+
+
+def test_units_of_one_layer_in_two_blocks_are_one_group() -> None:
+    blocks = nn.Sequential(*(FeedForward() for _ in range(3)))
+    blocks[2].u, blocks[2].d = blocks[0].u, blocks[0].d
+    network = nn.Sequential(blocks)
+    groups, _ = shown(network, 0.5)
+    assert [group.name for group in groups] == ["0.0.d", "0.1.d"]
+    x = torch.randn(3, 4)
+    reduced = network(x)
+    for group in groups:
+        group.release()
+    torch.testing.assert_close(reduced, network(x))

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_scale.callbacks import DynamicSparsity, ProgressiveStacking
+from lit_scale.callbacks import DynamicSparsity, GradientNoiseScale, ImportanceSampling, ProgressiveStacking
 from lit_scale.callbacks.dynamic_sparsity import drop_and_grow, drop_share, swap_in_fours
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
@@ -556,6 +556,47 @@ def test_flops_of_single_weights_are_reported_apart(name: str, kind: str, tmp_pa
         for part in sparsity._parts:
             left_out += products * 2 * tokens * int((~part.masks()[0][1]).sum())
     assert record["flops"] - record["sparse_flops"] == left_out
+
+
+@pytest.mark.parametrize("kind", ["weight", "block"])
+def test_the_noise_scale_is_that_of_the_sparse_network_in_any_order(kind: str, tmp_path: Path) -> None:
+    class Norms(Callback):
+        """Before anybody else, the squared norm of the step's gradient, of what is active alone too."""
+
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+            masks = dict(pair for part in sparsity._parts for pair in part.masks())
+            gradients = [(p.grad, masks.get(p, torch.tensor(True))) for p in pl_module.parameters()]
+            whole.append(sum(g.square().sum() for g, _ in gradients).item())
+            active.append(sum((g * mask).square().sum() for g, mask in gradients).item())
+
+    found = []
+    for noise_first in (True, False):
+        whole, active = [], []
+        sparsity, noise = sparse(kind, density=0.2, drop=0.0), GradientNoiseScale(smoothing=0.0)
+        order = {"before": [Norms(), noise]} if noise_first else {"before": [Norms()]}
+        also = [] if noise_first else [noise]
+        train("timm_vit", tmp_path, sparsity, *also, **order, model={"dropout": 0.0}, accumulate_grad_batches=2)
+        assert whole == active
+        found.append((noise.signal.item(), noise.noise.item()))
+        # signal + noise / batch is the squared norm of the large batch's gradient
+        assert found[-1][0] + found[-1][1] / 8 == pytest.approx(active[-1], rel=1e-4)
+    assert found[0] == found[1]
+
+
+def test_samples_that_are_only_scored_have_no_backward_pass_to_leave_out(tmp_path: Path) -> None:
+    sparsity, meter = sparse("weight, SET", density=0.2, drop=0.0), CostMeter(repeats=0)
+    choosing = ImportanceSampling(threshold=0.0, look_every=1)
+    train("timm_vit", tmp_path, sparsity, meter, before=[choosing])
+    inactive = sum(int((~part.active).sum()) for part in sparsity._parts)
+    tokens, met = 5, {}  # four patches and a class token
+    for key, skipped in meter.ledger.skipped.items():
+        shape = dict(key)
+        assert shape["samples"] == 4  # of which one is trained
+        assert skipped == 2 * inactive * tokens * ((4 if shape["gate"] == "open" else 0) + 3)
+        met[shape["gate"]] = True
+    assert met == {"looks": True, "open": True}
+    record = meter.ledger.record()
+    assert 0 < record["sparse_flops"] < record["flops"]
 
 
 # ---- bad input
