@@ -68,8 +68,8 @@ PARITY = {
         flags=["--trainer.accelerator=cpu", "--trainer.devices=1", "--data.sequence_length=128", "--data.batch_size=8"],
         lrs=[1e-3],
         tune_steps=[],
-        baseline_steps=[300],
-        technique_steps=[300],
+        baseline_steps=[200],
+        technique_steps=[200],
         jobs=max(1, os.cpu_count() or 1),
         threads=1,
     ),
@@ -226,7 +226,7 @@ def table(size: dict[str, Any]) -> Table:
 def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SIZES, default="cpu")
-    parser.add_argument("--repeats", type=int, default=51, help="interleaved repetitions (default: 51)")
+    parser.add_argument("--repeats", type=int, default=11, help="interleaved repetitions (default: 11)")
     parser.add_argument("--seconds", type=float, default=0.1, help="of each side in a repetition (default: 0.1)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side for the loss; 0 leaves it out (3)")
     parser.add_argument("--jobs", type=int, help="runs at a time for the loss (the preset's)")
