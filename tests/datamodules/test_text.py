@@ -412,11 +412,11 @@ def test_full_disk(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_standard_library_is_fast(tmp_path: Path) -> None:
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # so that other work on the machine does not count
         data = TextDataModule(cache_dir=str(tmp_path))
         data.prepare_data()
         data.setup("fit")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert seconds[0] < 10
     assert min(seconds[1:]) < 1
     assert 2 < data.unigram_entropy < 4  # nats per byte
