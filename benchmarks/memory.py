@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shlex
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from rich.table import Table
 from savings import ROOT, Preset, Run, Sweep
 from throughput import Clock, interval, ratio
 
-from lit_scale.cost import hardware, versions, write_json
+from lit_scale.cost import hardware, resident_peak, versions, write_json
 from lit_scale.models import GPT
 from lit_scale.optimizers import create_optimizer, state_bytes
 
@@ -110,26 +109,18 @@ def contestant(size: Size, name: str, device: torch.device) -> tuple[Callable[[]
     return step, optimizer, lambda: optimizer.step()
 
 
-def high_water() -> int:
-    """Bytes of memory this process has held at most."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss begins at what the process that started this one held
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def peak(size: Size, name: str, device: torch.device) -> int:
     """Bytes that three steps took at most, in this process, beyond what it held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     create_optimizer(torch.nn.Linear(64, 64).to(device), name, lr=0.0)  # libraries are no state
-    before = high_water()
+    before = resident_peak()
     step, _, _ = contestant(size, name, device)
     for _ in range(3):
         step()
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    return high_water() - before
+    return resident_peak() - before
 
 
 def peak_alone(preset: str, index: int, name: str) -> int:

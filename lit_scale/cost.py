@@ -35,7 +35,7 @@ from lit_scale.record import hardware, versions, write_json
 from lit_scale.replay import flops_of, is_compiled, replay_step, undone
 from lit_scale.technique import Technique, check_techniques
 
-__all__ = ["CostMeter", "charge", "hardware", "tensors", "versions", "write_json"]
+__all__ = ["CostMeter", "charge", "hardware", "resident_peak", "tensors", "versions", "write_json"]
 
 _SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
 _REPLAYED = 32  # shapes that are replayed, the most frequent ones; the others keep their in-run medians
@@ -415,8 +415,15 @@ def _clocks() -> dict[str, float]:
     return {"wall": time.perf_counter(), "cpu": sum(os.times()[:4])}
 
 
+def resident_peak() -> int:
+    """Bytes of memory this process has held at most, without those on a device."""
+    status = Path("/proc/self/status")
+    told = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
+    if told:  # Linux's ru_maxrss begins at what the process that started this one held
+        return 1024 * int(told[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _peak_memory() -> int:
     """Device memory if there is a device, else the process's largest resident set; in bytes."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else resident_peak()
