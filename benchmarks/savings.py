@@ -225,6 +225,19 @@ PRESETS: dict[str, dict[str, Preset]] = {
             technique_steps=[3_000, 2_000],
         ),
     },
+    "vit_rho_loss": {
+        "cpu": on_cpu(
+            lrs=[5e-4, 1e-3, 2e-3],
+            tune_steps=[600],
+            baseline_steps=[300, 600, 1_200, 2_400],
+            technique_steps=[600, 400],
+            relative_cost=8.0,
+            choices={
+                f"the top {share:g}": (round(2_880 / (1 + 1.13 / 3 / share)), [f"--rho_loss.share={share:g}"])
+                for share in (0.1, 0.25, 0.5)  # a step, and two forward passes of which the second is a small model's
+            },
+        ),
+    },
     "gpt_length_warmup": {
         "cpu": on_cpu(
             lrs=[1e-3, 2e-3, 4e-3],

@@ -16,7 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_scale.cost import charge_run
 from lit_scale.datamodules.cache import digest
+from lit_scale.guards import load_checkpoint
 from lit_scale.samples import SampleChoice, Step, count_samples, round_share, take_samples
 from lit_scale.scores import sample_losses
 
@@ -47,10 +49,12 @@ class RhoLoss(SampleChoice):
     trains as many as ever; of any other loader each batch is the large one. Both modules need
     ``per_sample_loss(batch) -> (B,)``.
 
-    The second model is no part of the run's checkpoints; resuming asks for the same one.
+    The second model is no part of the run's checkpoints; resuming asks for the same one. What its training has cost is
+    charged to this run's clock, if its checkpoint tells (it was trained beside a ``CostMeter``).
 
     Args:
-        irreducible: The model that was trained on held-out data, or a checkpoint of one of the trained module's class.
+        irreducible: The model that was trained on held-out data, or a checkpoint of one of the trained module's class,
+            which may be smaller.
         share: Share q of the samples that is trained (0.1 in the paper).
 
     Raises:
@@ -68,6 +72,7 @@ class RhoLoss(SampleChoice):
             raise ValueError(f"share={share} is not a share of the samples in (0, 1), such as 0.1")
         self.irreducible, self.share = irreducible, share
         self._other: Any = None  # the model
+        self._checkpoint: dict[str, Any] = {}  # its own, without the weights
         self._fingerprint = ""  # of its weights
 
     def settings(self) -> dict[str, Any]:
@@ -94,18 +99,22 @@ class RhoLoss(SampleChoice):
     def _load(self, kind: type[LightningModule]) -> LightningModule:
         if isinstance(self.irreducible, LightningModule):
             return self.irreducible
+        path = str(self.irreducible)
         try:
-            return kind.load_from_checkpoint(str(self.irreducible), map_location="cpu")
+            self._checkpoint = {"callbacks": load_checkpoint(path).get("callbacks", {})}
+            return kind.load_from_checkpoint(path, map_location="cpu")
         except Exception as error:
             raise ValueError(
-                f"irreducible={str(self.irreducible)!r} is no checkpoint of a {kind.__name__} ({error}); give one, or "
+                f"irreducible={path!r} is no checkpoint of a {kind.__name__} ({error}); give one, or "
                 "the LightningModule itself"
             ) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the second model to the device, and ask the loader for large batches."""
+        """Bring the second model to the device, charge what it has cost, and ask the loader for large batches."""
         super().on_train_start(trainer, pl_module)
         self._other.to(pl_module.device)
+        if not charge_run(trainer, "irreducible losses", self._checkpoint):
+            rank_zero_info("RhoLoss: what the second model's training has cost is not known, and not charged")
         if self._loader is None:
             rank_zero_info(
                 "RhoLoss: this loader cannot be asked for more samples, so a step trains "

@@ -48,6 +48,7 @@ class _Images(Dataset[Batch]):
     Args:
         source: Where they come from.
         rows: Which of them, (N,).
+        classes: Of all images of the source, in place of the source's own.
         size: Side of the images.
         augment: Transform of one uint8 image to (3, size, size), drawing from torch's generator; None takes the middle.
         train: Keys carry the epoch, and the size of the batch.
@@ -63,6 +64,7 @@ class _Images(Dataset[Batch]):
         source: Source,
         rows: npt.NDArray[np.int64],
         *,
+        classes: npt.NDArray[np.int64] | None = None,
         size: int,
         augment: v2.Transform | None = None,
         train: bool = False,
@@ -73,6 +75,7 @@ class _Images(Dataset[Batch]):
         cache_bytes: int = 0,
     ) -> None:
         self.source, self.rows, self.size, self.augment, self.seed = source, rows, size, augment, seed
+        self.labels = (source.labels if classes is None else classes)[rows]  # (N,)
         self.epochwise = self.sized = train
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.skip_broken = skip_broken
@@ -93,11 +96,6 @@ class _Images(Dataset[Batch]):
     def full_size(self) -> int:
         """Side of the images in pixels."""
         return self.size
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Of all images, (N,)."""
-        return self.source.labels[self.rows]
 
     def _image(self, position: int) -> Tensor:
         """Decoded and, unless a random crop needs all of it, of the right size."""
@@ -120,7 +118,7 @@ class _Images(Dataset[Batch]):
                     raise
                 self._count_broken(epoch, candidate % len(self), error)
             else:
-                return image, int(self.source.labels[self.rows[candidate % len(self)]])
+                return image, int(self.labels[candidate % len(self)])
         raise ValueError(f"none of {len(self)} images can be decoded, among them {self.source.name(int(self.rows[0]))}")
 
     def _count_broken(self, epoch: int, position: int, error: Exception) -> None:
@@ -187,6 +185,10 @@ class ImageDataModule(ResumableDataModule):
         imbalance: How many times each image of the first class is met, in training and validation alike. Of a balanced
             source that makes an imbalance ratio of so many (Buda et al. 2018): most samples are of one class, and soon
             easy, and the others are rare.
+        label_noise: Share of the training images, in [0, 1), that are given another class, any of the others. Which,
+            ``split_seed`` decides. Validation keeps the true ones.
+        part: Where the part of the training images that is used begins and ends, as shares of them in an order of
+            ``split_seed``: (0.0, 0.8) leaves a fifth to another model, (0.8, 1.0) is that fifth.
         val_fraction: Share of the images that is held out where there is no ``val_source``, in (0, 1).
         max_val_images: Validate on a fixed random choice of so many; None validates on all.
         skip_broken: Let the next image stand in for one that cannot be decoded, and warn. More than 1% of them (of
@@ -223,6 +225,8 @@ class ImageDataModule(ResumableDataModule):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         imbalance: int = 1,
+        label_noise: float = 0.0,
+        part: tuple[float, float] = (0.0, 1.0),
         val_fraction: float = 0.1,
         max_val_images: int | None = None,
         skip_broken: bool = False,
@@ -246,12 +250,18 @@ class ImageDataModule(ResumableDataModule):
             raise ValueError(f"mean={mean}, std={std}: must be three numbers each, those of std above 0")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1, such as 0.1")
+        if not 0 <= label_noise < 1:
+            raise ValueError(f"label_noise={label_noise}: must lie in [0, 1), such as 0.1")
+        if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+            raise ValueError(f"part={tuple(part)}: must be two shares that rise from 0 to 1, such as (0.0, 0.8)")
         self.source = source
         self.val_source = val_source
         self.image_size = image_size
         self.augmentation = augmentation
         self.mean, self.std = tuple(mean), tuple(std)
         self.imbalance = imbalance
+        self.label_noise = label_noise
+        self.part = tuple(part)
         self.val_fraction = val_fraction
         self.max_val_images = max_val_images
         self.skip_broken = skip_broken
@@ -307,6 +317,8 @@ class ImageDataModule(ResumableDataModule):
             order = _permutation(len(rows), self.split_seed, "split")
             count = min(max(1, round(self.val_fraction * len(rows))), len(rows) - 1)
             rows, held_out = np.sort(order[count:]), np.sort(order[:count])
+        begin, end = (round(share * len(rows)) for share in self.part)
+        rows = rows[np.sort(_permutation(len(rows), self.split_seed, "part")[begin:end])]
         distinct = len(rows)
         rows, held_out = (
             _often(source.labels, own, self.imbalance) for source, own in ((train, rows), (validation, held_out))
@@ -322,7 +334,8 @@ class ImageDataModule(ResumableDataModule):
         settings: dict[str, Any] = {"size": self.image_size, "mean": self.mean, "std": self.std}
         settings |= {"skip_broken": self.skip_broken, "cache_bytes": self.cache_bytes}
         augment = _standard(self.image_size, flip) if self.augmentation == "standard" else None
-        self.train_set = _Images(train, rows, augment=augment, train=True, seed=self.seed, **settings)
+        noisy = _mislabelled(train.labels, self.num_classes, self.label_noise, self.split_seed)
+        self.train_set = _Images(train, rows, classes=noisy, augment=augment, train=True, seed=self.seed, **settings)
         self.validation_set = _Images(validation, held_out, **settings)
         self._ready = True
         self.go_on()
@@ -347,13 +360,12 @@ class ImageDataModule(ResumableDataModule):
         """All that training batches depend on; None before setup."""
         if not self._ready:
             return None
-        names = ("image_size", "batch_size", "augmentation", "imbalance", "seed")
+        names = ("image_size", "batch_size", "augmentation", "imbalance", "label_noise", "seed")
         held_out = {} if self.val_source is not None else {"val_fraction": self.val_fraction}
         return {
             "source": self._open("source").fingerprint,
             **{name: getattr(self, name) for name in names},
-            "mean": list(self.mean),
-            "std": list(self.std),
+            **{name: list(getattr(self, name)) for name in ("mean", "std", "part")},
             **held_out,
             "split_seed": self.split_seed,
         }
@@ -362,6 +374,16 @@ class ImageDataModule(ResumableDataModule):
 def _often(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
     """The rows, those of the first class so many times."""
     return np.repeat(rows, np.where(labels[rows] == 0, times, 1))
+
+
+def _mislabelled(labels: npt.NDArray[np.int64], classes: int, share: float, seed: int) -> npt.NDArray[np.int64]:
+    """The classes of all images, a share of them wrong."""
+    chosen = _permutation(len(labels), seed, "mislabelled")[: round(share * len(labels))]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "wrong class"))
+    others = torch.randint(1, max(2, classes), (len(chosen),), generator=generator).numpy()  # how far from the true one
+    noisy = labels.copy()
+    noisy[chosen] = (noisy[chosen] + others) % classes
+    return noisy
 
 
 def _permutation(size: int, *seed: int | str) -> npt.NDArray[np.int64]:

@@ -51,6 +51,8 @@ _LINKS = (
 _REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning, where the data can tell
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
 _COMPARISON = ("comparison.json", "comparison.png")
+_FIRST = "first"  # the run that comes first: its folder, and what its flag says unless another checkpoint is given
+_LAST = Path("checkpoints", "last.ckpt")
 _OURS = ("config.yaml", "result.json", "result.png", "checkpoints")  # what a run leaves in its folder
 
 
@@ -62,6 +64,8 @@ class Recipe:
         name: Names the default folder and the record.
         command: The command line, without the flags.
         tasks: Names that ``--task`` takes.
+        first: A run without the technique that comes first: the technique's flag for its last checkpoint, and the flags
+            in which it differs.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Recipe:
     techniques: tuple[type[Technique], ...]
     defaults: dict[str, Any]
     tasks: tuple[str, ...] = ()
+    first: tuple[str, Mapping[str, Any]] | None = None
 
     @property
     def side(self) -> str:
@@ -89,11 +94,13 @@ class RecipeCLI(LightningCLI):
     Args:
         recipe: The recipe.
         args: The flags.
-        arm: Which run of a comparison this is: ``"baseline"`` or the recipe's ``side``.
+        arm: Which of several runs this is: ``"baseline"``, the recipe's ``side``, or ``"first"``.
     """
 
     def __init__(self, recipe: Recipe, args: list[str], arm: str | None = None) -> None:
         self.recipe, self.arguments, self.arm = recipe, args, arm
+        self.needs_first = False  # no other checkpoint was given
+        differing = recipe.first[1] if recipe.first and arm == _FIRST else {}
         super().__init__(
             recipe.model,
             recipe.data,
@@ -106,7 +113,7 @@ class RecipeCLI(LightningCLI):
                 "allow_abbrev": False,
             },
             auto_configure_optimizers=False,  # the model has its own flags
-            args=args,
+            args=[*args, *(f"--{name}={value}" for name, value in differing.items())],
             run=False,
         )
 
@@ -140,6 +147,7 @@ class RecipeCLI(LightningCLI):
                 "trainer.logger": False,
                 "trainer.enable_model_summary": False,
             }
+            | ({self.recipe.first[0]: _FIRST} if self.recipe.first else {})
             | self.recipe.defaults
         )
 
@@ -155,12 +163,18 @@ class RecipeCLI(LightningCLI):
         if given.max_steps == -1 and given.max_time is None and (given.max_epochs is None or given.max_epochs < 0):
             parser.set_defaults({"trainer.max_steps": steps})
         self.config = config = parser.parse_args(args)
+        root, first = Path(config.trainer.default_root_dir), self.recipe.first
+        if first is not None and config[first[0]] == _FIRST:
+            config[first[0]] = str(root / _FIRST / _LAST)
+            self.needs_first = not (config.baseline or self.arm == "baseline")
         if self.arm is not None:
-            folder = Path(config.trainer.default_root_dir, self.arm)
-            config.trainer.default_root_dir = str(folder)
-            config.compare, config.baseline = False, self.arm == "baseline"
-            if config.ckpt_path is not None and not _is_inside(config.ckpt_path, folder):
-                config.ckpt_path = None
+            config.trainer.default_root_dir = str(root / self.arm)
+            config.compare, config.baseline = False, self.arm in ("baseline", _FIRST)
+        if config.ckpt_path is None or config.compare:
+            return
+        of_first = first is not None and self.arm is None and _is_inside(config.ckpt_path, root / _FIRST)
+        if of_first or (self.arm is not None and not _is_inside(config.ckpt_path, root / self.arm)):
+            config.ckpt_path = None  # another run's, which it goes on with
 
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from other flags, and see early what cannot work."""
@@ -274,6 +288,7 @@ def run_recipe(
     defaults: dict[str, Any],
     tasks: Mapping[str, tuple[type[LightningModule], type[LightningDataModule], dict[str, Any]]] | None = None,
     args: Sequence[str] | None = None,
+    first: tuple[str, Mapping[str, Any]] | None = None,
     name: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run a recipe from the command line: train, report, and leave ``result.json`` and ``result.png`` behind.
@@ -287,6 +302,9 @@ def run_recipe(
         defaults: Defaults that differ from the classes' own, by flag, e.g. ``{"trainer.max_steps": 700}``.
         tasks: Model, data and defaults that ``--task NAME`` trains instead, into a folder of its own.
         args: Command line; that of the process by default.
+        first: For a technique that stands on another model: its flag for that model's checkpoint, and the flags in
+            which the run differs that makes it. It is made first, without the technique, into the subfolder ``first``,
+            unless the flag is given.
         name: Name of the recipe; by default that of the file this is called in.
 
     Returns:
@@ -309,7 +327,7 @@ def run_recipe(
                 (model, data, defaults), name = tasks[task], f"{name}_{task}"
             description = (caller.f_globals.get("__doc__") or "").strip().partition("\n")[0]
             recipe = Recipe(
-                name, description, [_python(), script], model, data, techniques, defaults, tuple(tasks or ())
+                name, description, [_python(), script], model, data, techniques, defaults, tuple(tasks or ()), first
             )
             return _run(recipe, given)
         except ArgumentError as error:
@@ -337,21 +355,25 @@ def _asked_task(args: list[str], tasks: Iterable[str]) -> str | None:
 def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
     console = Console()
     cli = RecipeCLI(recipe, args)
-    if not cli.config.compare:
-        return _run_one(cli, console)
     root, ckpt_path = Path(cli.config.trainer.default_root_dir), cli.config.ckpt_path
-    arms = ("baseline", recipe.side)
-    if ckpt_path is not None and not any(_is_inside(ckpt_path, root / arm) for arm in arms):
+    if not cli.config.compare:
+        if cli.needs_first and not (ckpt_path and (root / _FIRST / _LAST).exists()):
+            _run_one(RecipeCLI(recipe, args, _FIRST), console)
+        return _run_one(cli, console)
+    arms = ("baseline", *([_FIRST] if cli.needs_first else []), recipe.side)
+    resumed = next((n for n, arm in enumerate(arms) if ckpt_path and _is_inside(ckpt_path, root / arm)), None)
+    if ckpt_path is not None and resumed is None:
         raise ValueError(
             f"ckpt_path={ckpt_path!r}: --compare resumes from checkpoints below {root}/{{{','.join(arms)}}}"
         )
     records: dict[str, dict[str, Any]] = {}
-    for arm in arms:
+    for number, arm in enumerate(arms):
         finished = root / arm / "result.json"
-        if arm == "baseline" and ckpt_path and not _is_inside(ckpt_path, root / arm) and finished.exists():
-            records[arm] = json.loads(finished.read_text())  # done before the other run was interrupted
+        if number < (resumed or 0) and finished.exists():
+            records[arm] = json.loads(finished.read_text())  # done before a later run was interrupted
         else:
             records |= _run_one(RecipeCLI(recipe, args, arm), console)
+    records.pop(_FIRST, None)  # the technique's run has it among its charges
     if rank() == 0:
         records["baseline"] = priced_alike(*records.values())
         plot_curves(records, root / "comparison.png")
@@ -363,7 +385,7 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
 
 def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
     """One run, with its report."""
-    arm = "baseline" if cli.config.baseline else cli.recipe.side
+    arm = cli.arm or ("baseline" if cli.config.baseline else cli.recipe.side)
     root = Path(cli.trainer.default_root_dir)
     if cli.trainer.is_global_zero:
         size = sum(parameter.numel() for parameter in cli.model.parameters())
@@ -372,7 +394,7 @@ def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
     if not cli.trainer.is_global_zero:
         return {}
     plot_curves({arm: record}, root / "result.png")
-    console.print(stage_table(record))
+    console.print(stage_table(record, arm))
     say(console, saving_line(record))
     say(console, f"written: {root / 'result.json'}, {root / 'result.png'}")
     return {arm: record}

@@ -35,7 +35,7 @@ from lit_scale.record import hardware, versions, write_json
 from lit_scale.replay import flops_of, is_compiled, replay_step, undone
 from lit_scale.technique import Technique, check_techniques
 
-__all__ = ["CostMeter", "charge", "hardware", "resident_peak", "tensors", "versions", "write_json"]
+__all__ = ["CostMeter", "charge", "charge_run", "hardware", "resident_peak", "tensors", "versions", "write_json"]
 
 _SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
 _REPLAYED = 32  # shapes that are replayed, the most frequent ones; the others keep their in-run medians
@@ -380,6 +380,31 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
     for meter in meters:
         _synchronize()
         meter.charge(what, time.perf_counter() - start)
+
+
+def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bool:
+    """Charge an earlier run, on which this one stands, to the run's CostMeter: seconds and FLOPs, on all clocks.
+
+    Args:
+        trainer: The Trainer, once its CostMeter's state is that of the run it goes on with.
+        what: The name of the charge; one that the run already has is not charged again.
+        checkpoint: The earlier run's, with the state of its own CostMeter. Of several processes it knows the FLOPs of
+            the first.
+
+    Returns:
+        Whether the checkpoint tells what its run has cost.
+    """
+    state = checkpoint.get("callbacks", {}).get(CostMeter.__qualname__)
+    if state is None:
+        return False
+    earlier = Ledger()
+    earlier.load_state_dict(state)
+    cost = earlier.totals()
+    for meter in (c for c in trainer.callbacks if isinstance(c, CostMeter)):  # type: ignore[attr-defined]
+        if what not in meter.ledger.charges:
+            meter.ledger.charge(what, cost["reference_seconds"], cost["flops"])
+            meter._spent = {name: spent + state["spent"][name] for name, spent in meter._spent.items()}
+    return True
 
 
 def _techniques(trainer: Trainer) -> list[Technique]:

@@ -41,7 +41,7 @@ class Ledger:
         self.timings: dict[Key, list[float]] = {}  # in-run seconds of a step
         self.waits: dict[Key, list[float]] = {}  # in-run seconds of waiting for a batch
         self.calibrated: dict[Key, float] = {}  # seconds by replay, at the end
-        self.charges: dict[str, list[float]] = {}  # how often, and how many seconds
+        self.charges: dict[str, tuple[int, float, int]] = {}  # how often, how many seconds and FLOPs
         self.stages: list[dict[str, Any]] = []
         self.curve: list[dict[str, Any]] = []
         self._stage: dict[str, Any] = {}  # the one at work
@@ -61,24 +61,25 @@ class Ledger:
             self.stages += [] if known else [self._stage]
         self._stage["counts"][key] = self._stage["counts"].get(key, 0) + 1
 
-    def charge(self, what: str, seconds: float) -> None:
+    def charge(self, what: str, seconds: float, flops: int = 0) -> None:
         """Add an overhead."""
-        times, total = self.charges.get(what, (0, 0.0))
-        self.charges[what] = [times + 1, total + seconds]
+        times, total, more = self.charges.get(what, (0, 0.0, 0))
+        self.charges[what] = (times + 1, total + seconds, more + flops)
 
     def add_point(self, step: int, metrics: dict[str, float], clocks: dict[str, float]) -> None:
         """Add a validation to the curve, unless that step has one, and to the stage at work."""
         self._stage["metrics"] = metrics
         if not self.curve or self.curve[-1]["step"] != step:
-            counts = {"counts": list(self.counts.items()), "charged_seconds": self.charged_seconds}
+            counts = {"counts": list(self.counts.items()), "charged": self.charged}
             self.curve.append({"step": step, **counts, **clocks, "metrics": metrics})
 
     # -- pricing ------------------------------------------------------------------------------------------------------
 
     @property
-    def charged_seconds(self) -> float:
-        """Overheads so far."""
-        return sum(seconds for _, seconds in self.charges.values())
+    def charged(self) -> tuple[float, int]:
+        """Overheads so far: seconds and FLOPs."""
+        charges = self.charges.values()
+        return sum(seconds for _, seconds, _ in charges), sum(flops for _, _, flops in charges)
 
     def seconds_each(self, key: Key) -> float:
         """Price of one step of a shape: calibrated, else the in-run median; plus the median wait for its batch."""
@@ -102,8 +103,7 @@ class Ledger:
 
     def totals(self) -> dict[str, Any]:
         """Steps, samples, tokens, FLOPs and reference seconds of the run so far, overheads included."""
-        totals = self.price(self._all_ranks(self.counts))
-        return totals | {"reference_seconds": totals["reference_seconds"] + self.charged_seconds}
+        return _with_charges(self.price(self._all_ranks(self.counts)), self.charged)
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 
@@ -161,11 +161,10 @@ class Ledger:
 
     def record(self) -> dict[str, Any]:
         """Totals, curve, stages, shapes and charges, priced."""
-        curve = []
+        curve, charges = [], self.charges
         for index, point in enumerate(self.curve):
-            cost = self.price(self._all_ranks(dict(point["counts"]), "curve", index))
-            cost["reference_seconds"] += point["charged_seconds"]
-            curve.append({k: v for k, v in point.items() if k not in ("counts", "charged_seconds")} | cost)
+            cost = _with_charges(self.price(self._all_ranks(dict(point["counts"]), "curve", index)), point["charged"])
+            curve.append({k: v for k, v in point.items() if k not in ("counts", "charged")} | cost)
         counts, totals = self._all_ranks(self.counts), self.totals()
         if self.skipped:
             skipped = sum(n * self.skipped.get(key, 0) for key, n in counts.items())
@@ -187,6 +186,13 @@ class Ledger:
                 | {"price": "replay" if key in self.calibrated else "run"}
                 for key, n in (dict(counts) | unmade).items()
             ],
-            "charges": {what: {"count": n, "seconds": seconds} for what, (n, seconds) in self.charges.items()},
+            "charges": {
+                what: {"count": n, "seconds": seconds, "flops": flops} for what, (n, seconds, flops) in charges.items()
+            },
             "validation": self.price(counts, "validate"),
         }
+
+
+def _with_charges(cost: dict[str, Any], charged: tuple[float, int]) -> dict[str, Any]:
+    seconds, flops = charged
+    return cost | {"reference_seconds": cost["reference_seconds"] + seconds, "flops": cost["flops"] + flops}

@@ -39,9 +39,9 @@ def loss(metrics: dict[str, float]) -> str:
     return f"{metrics[_LOSS]:.3f}" if _LOSS in metrics else "-"
 
 
-def stage_table(record: dict[str, Any]) -> Table:
+def stage_table(record: dict[str, Any], label: str = "") -> Table:
     """What each stage trained, for how long, and how good the model was when it ended; fits into 80 columns."""
-    label = "baseline" if record["baseline"] else record["technique"]
+    label = label or ("baseline" if record["baseline"] else record["technique"])
     table = Table(title=f"{record['recipe']}: {label}", title_style="bold", show_footer=True, **_NARROW)
     stages = record["stages"]
     names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]

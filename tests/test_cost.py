@@ -27,7 +27,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lit_scale.callbacks import ProgressiveStacking
-from lit_scale.cost import CostMeter, charge, hardware, versions, write_json
+from lit_scale.cost import CostMeter, charge, charge_run, hardware, versions, write_json
 from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
@@ -464,6 +464,30 @@ def test_charge_does_nothing_without_a_meter_and_nothing_for_failed_work(tmp_pat
     with pytest.raises(KeyError), charge(SimpleNamespace(callbacks=[meter]), "failed"):  # type: ignore[arg-type]
         raise KeyError
     assert meter.ledger.charges == {}
+
+
+def test_an_earlier_run_is_charged_once_on_all_clocks(tmp_path):
+    class Standing(Callback):
+        def on_train_start(self, trainer, pl_module):
+            for _ in range(2):
+                assert charge_run(trainer, "earlier", checkpoint)
+            assert not charge_run(trainer, "unknown", {"callbacks": {}})
+
+    saver = ModelCheckpoint(tmp_path, filename="earlier", save_on_train_epoch_end=False, every_n_train_steps=3)
+    earlier = fit(tmp_path, Bert(), texts(), saver, max_steps=3, repeats=0)
+    checkpoint = torch.load(tmp_path / "earlier.ckpt", weights_only=True)
+    record = fit(tmp_path, Bert(), texts(), Standing(), max_steps=2, repeats=0, val=texts(), **every(2))
+    assert record["charges"]["earlier"] == {
+        "count": 1,
+        "seconds": pytest.approx(earlier["reference_seconds"]),
+        "flops": earlier["flops"],
+    }
+    assert record["steps"] == 2
+    assert record["flops"] == earlier["flops"] * 5 // 3
+    steps = sum(shape["count"] * shape["seconds_each"] for shape in train_shapes(record))
+    assert record["reference_seconds"] == pytest.approx(steps + earlier["reference_seconds"])
+    assert record["wall_seconds"] > earlier["wall_seconds"] - 0.1  # its checkpoint is from just before its end
+    assert [point["flops"] for point in record["curve"]] == [record["flops"]]
 
 
 def test_recompiles_are_charged_and_replays_are_not(tmp_path):

@@ -107,6 +107,46 @@ def test_images_of_the_first_class_are_met_as_often_as_told(build: Build) -> Non
         ImageDataModule(imbalance=0)
 
 
+def test_a_share_of_the_training_images_has_a_wrong_class(build: Build) -> None:
+    clean, noisy = build(), build(label_noise=0.5)
+    wrong = clean.train_set.labels != noisy.train_set.labels
+    assert (clean.train_set.rows == noisy.train_set.rows).all()
+    everywhere = np.array(clean.train_set.source.labels)
+    assert 23 - 5 <= wrong.sum() <= 23 < len(everywhere)  # of all 46 images, five of which are held out
+    assert set(noisy.train_set.labels) <= set(range(4))
+    assert (clean.validation_set.labels == noisy.validation_set.labels).all()
+    assert (clean.validation_set.labels == everywhere[clean.validation_set.rows]).all()
+    _, served = noisy.train_set.__getitems__([(0, n) for n in range(len(wrong))])
+    assert (served.numpy() == noisy.train_set.labels).all()
+    half = build(label_noise=0.5, part=(0.5, 1.0)).train_set  # an image's class does not depend on who uses it
+    known = dict(zip(noisy.train_set.rows, noisy.train_set.labels, strict=True))
+    assert [known[row] for row in half.rows] == half.labels.tolist()
+    assert noisy.settings()["label_noise"] == 0.5
+    digits = ImageDataModule(label_noise=0.2)
+    digits.setup()
+    true = digits.train_set.source.labels[digits.train_set.rows]
+    away = (digits.train_set.labels - true) % 10
+    counts = np.bincount(away[away > 0], minlength=10)[1:]  # all other classes alike: nine cells, 1% quantile of chi2
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 20.1
+    assert len(away[away > 0]) / len(away) == pytest.approx(0.2, abs=0.02)
+    with pytest.raises(ValueError, match=r"label_noise=1.0: must lie in \[0, 1\), such as 0.1"):
+        ImageDataModule(label_noise=1.0)
+
+
+def test_parts_of_the_training_images_do_not_overlap(build: Build) -> None:
+    whole, most, rest = (build(part=part).train_set.rows for part in ((0.0, 1.0), (0.0, 0.75), (0.75, 1.0)))
+    assert sorted([*most, *rest]) == list(whole)
+    assert (len(most), len(rest)) == (31, 10)  # of 41
+    assert build(part=(0.75, 1.0)).settings()["part"] == [0.75, 1.0]
+    same = [build(part=part).validation_set.rows.tolist() for part in ((0.0, 1.0), (0.75, 1.0))]
+    assert same[0] == same[1]
+    for part in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match=r"must be two shares that rise from 0 to 1, such as \(0.0, 0.8\)"):
+            ImageDataModule(part=part)
+    with pytest.raises(ValueError, match="is too small: 4 images for batch_size=6"):
+        build(part=(0.9, 1.0))
+
+
 def test_a_folder_and_its_shards_are_the_same_images(build: Build, pattern: str, tmp_path: Path) -> None:
     for number, (image, label) in enumerate(sorted(pictures(46), key=lambda pair: pair[1])):
         path = tmp_path / "folder" / "abcd"[label] / f"{number:03d}.png"
