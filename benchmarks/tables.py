@@ -293,7 +293,7 @@ def plot_overview(results: list[dict[str, Any]], path: Path) -> None:
         ends = [one["low"], one["high"]] if one["low"] is not None else [one["estimate"]] * 2
         reach = [[100 * (one["estimate"] - ends[0])], [100 * (ends[1] - one["estimate"])]]
         axis.errorbar(100 * one["estimate"], place, xerr=reach, fmt="o", color="tab:blue", capsize=3)
-    labels = [f"{r['technique'].replace('_', ' ')} ({r['preset']})" for r, _ in told]
+    labels = [f"{r['recipe']}, {r['preset']}" for r, _ in told]  # two recipes may share a technique
     axis.set_yticks(range(len(told)), labels)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_ylim(-0.5, len(told) - 0.5)
