@@ -242,6 +242,12 @@ def large_batch_table(result: dict[str, Any]) -> str:
             "" if side == "small batch" else signed(one),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def large_batch_lines(result: dict[str, Any]) -> str:
+    """The table, and the rates that were tried."""
+    lines = [large_batch_table(result)]
     for side in result["above_small"]:
         own = [one for one in result["tuning"] if one["side"] == side]
         tried = ", ".join(f"{one['lr']:g}: {one['loss']:.3f}" for one in own)
@@ -332,7 +338,7 @@ def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = 
         if card.exists():
             card.write_text(update(card.read_text(), f"choices.{result['preset']}", choices_table(result)))
     for kind, name, make in (
-        ("large_batch", "lamb", large_batch_table),
+        ("large_batch", "lamb", large_batch_lines),
         ("memory", "eight_bit_optimizers", parity_lines),
     ):
         for result in stored(folder, kind):
@@ -345,5 +351,7 @@ def render(text: str, folder: Path) -> str:
     """The README with its generated parts as the stored results in ``folder`` have them."""
     text = update(text, "savings", savings_table(stored(folder, "saving")))
     text = update(text, "memory", memory_lines(stored(folder, "memory")))
+    for result in stored(folder, "large_batch"):
+        text = update(text, f"large_batch.{result['preset']}", large_batch_table(result))
     text = update(text, "throughput", throughput_lines(stored(folder, "throughput")))
     return update(text, "overhead", overhead_lines(stored(folder, "overhead")))

@@ -64,7 +64,7 @@ def test_the_readme_and_the_cards_say_what_is_stored():
     for result in tables.stored(results, "choices"):
         assert tables.choices_table(result) in (ROOT / "docs" / f"{result['technique']}.md").read_text()
     for kind, card, make in (
-        ("large_batch", "lamb", tables.large_batch_table),
+        ("large_batch", "lamb", tables.large_batch_lines),
         ("memory", "eight_bit_optimizers", tables.parity_lines),
     ):
         for result in tables.stored(results, kind):
