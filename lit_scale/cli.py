@@ -1,8 +1,4 @@
-"""The recipe runner: LightningCLI's flags plus ``--baseline``, ``--compare`` and ``--ckpt_path``, a table and a plot.
-
-A run owns its folder. What another run left there is not overwritten, nor taken for this one's: it moves into a
-subfolder ``earlier-1``, ``earlier-2``..., unless ``--ckpt_path`` names a checkpoint of that very run to go on from.
-"""
+"""The recipe runner: LightningCLI's flags, ``--baseline``, ``--compare`` and ``--ckpt_path``; a table and a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
@@ -37,6 +33,7 @@ from lit_scale.guards import (
     load_checkpoint,
 )
 from lit_scale.report import comparison_table, plot_curves, priced_alike, saving_line, stage_table
+from lit_scale.run_folder import LAST, OF_COMPARISON, OF_RUN, LastCheckpoint, is_inside, resume_command, set_aside
 from lit_scale.technique import _MARK, Technique, snake_case
 
 __all__ = ["RecipeCLI", "run_recipe"]
@@ -50,10 +47,7 @@ _LINKS = (
 )
 _REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning, where the data can tell
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
-_COMPARISON = ("comparison.json", "comparison.png")
 _FIRST = "first"  # the run that comes first: its folder, and what its flag says unless another checkpoint is given
-_LAST = Path("checkpoints", "last.ckpt")
-_OURS = ("config.yaml", "result.json", "result.png", "checkpoints")  # what a run leaves in its folder
 
 
 @dataclass(frozen=True)
@@ -165,15 +159,15 @@ class RecipeCLI(LightningCLI):
         self.config = config = parser.parse_args(args)
         root, first = Path(config.trainer.default_root_dir), self.recipe.first
         if first is not None and config[first[0]] == _FIRST:
-            config[first[0]] = str(root / _FIRST / _LAST)
+            config[first[0]] = str(root / _FIRST / LAST)
             self.needs_first = not (config.baseline or self.arm == "baseline")
         if self.arm is not None:
             config.trainer.default_root_dir = str(root / self.arm)
             config.compare, config.baseline = False, self.arm in ("baseline", _FIRST)
         if config.ckpt_path is None or config.compare:
             return
-        of_first = first is not None and self.arm is None and _is_inside(config.ckpt_path, root / _FIRST)
-        if of_first or (self.arm is not None and not _is_inside(config.ckpt_path, root / self.arm)):
+        of_first = self.needs_first and self.arm is None and is_inside(config.ckpt_path, root / _FIRST)
+        if of_first or (self.arm is not None and not is_inside(config.ckpt_path, root / self.arm)):
             config.ckpt_path = None  # another run's, which it goes on with
 
     def before_instantiate_classes(self) -> None:
@@ -192,10 +186,10 @@ class RecipeCLI(LightningCLI):
     def take_folder(self) -> None:
         """Make the folder this run's, now that it really starts."""
         root, ckpt_path = Path(self.config.trainer.default_root_dir), self.config.ckpt_path
-        if ckpt_path is None or not _is_inside(ckpt_path, root / "checkpoints"):
-            set_aside(root, _OURS)
+        if ckpt_path is None or not is_inside(ckpt_path, root / "checkpoints"):
+            set_aside(root, OF_RUN)
         if self.arm is not None:
-            set_aside(root.parent, _COMPARISON)
+            set_aside(root.parent, OF_COMPARISON)
         config = self.config.clone()
         config.ckpt_path = None
         (root / "config.yaml").write_text(self.parser.dump(config, skip_none=False, skip_validation=True))
@@ -226,8 +220,8 @@ class RecipeCLI(LightningCLI):
             self.meter,
             FiniteGuard(),
             StepSeed(self.config.seed_everything),
-            PreemptionGuard(checkpoints, resume_command=_resume_command(command)),
-            *([] if config.enable_checkpointing is False else [_LastCheckpoint(checkpoints)]),
+            PreemptionGuard(checkpoints, resume_command=resume_command(command)),
+            *([] if config.enable_checkpointing is False else [LastCheckpoint(checkpoints)]),
             *([] if config.enable_progress_bar is False else [_ProgressBar()]),
         ]
         plugins = [*_listed(config.plugins), SafeCheckpointIO()]
@@ -251,21 +245,6 @@ class RecipeCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self.meter.write(self.trainer, self.model)
         return self.meter.record(self.trainer, self.model)
-
-
-class _LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``: the newest state, saved after each validation and when training has ended."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, filename="last", save_top_k=1, enable_version_counter=False)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fit_loop._should_accumulate():  # no file holds the gradients of an unfinished step
-            super().on_validation_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"), weights_only=False)
 
 
 class _ProgressBar(RichProgressBar):
@@ -357,11 +336,11 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
     cli = RecipeCLI(recipe, args)
     root, ckpt_path = Path(cli.config.trainer.default_root_dir), cli.config.ckpt_path
     if not cli.config.compare:
-        if cli.needs_first and not (ckpt_path and (root / _FIRST / _LAST).exists()):
+        if cli.needs_first and not (ckpt_path and (root / _FIRST / LAST).exists()):
             _run_one(RecipeCLI(recipe, args, _FIRST), console)
         return _run_one(cli, console)
     arms = ("baseline", *([_FIRST] if cli.needs_first else []), recipe.side)
-    resumed = next((n for n, arm in enumerate(arms) if ckpt_path and _is_inside(ckpt_path, root / arm)), None)
+    resumed = next((n for n, arm in enumerate(arms) if ckpt_path and is_inside(ckpt_path, root / arm)), None)
     if ckpt_path is not None and resumed is None:
         raise ValueError(
             f"ckpt_path={ckpt_path!r}: --compare resumes from checkpoints below {root}/{{{','.join(arms)}}}"
@@ -398,28 +377,6 @@ def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
     say(console, saving_line(record))
     say(console, f"written: {root / 'result.json'}, {root / 'result.png'}")
     return {arm: record}
-
-
-def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
-    """Move what another run left into a subfolder of its own, and say so.
-
-    Args:
-        folder: Where both runs write.
-        names: Files and folders of a run.
-
-    Returns:
-        The subfolder, or None if there was no result and no checkpoint.
-    """
-    found = [folder / name for name in names if (folder / name).exists()]
-    if not any(path.suffix in (".json", ".png") or any(path.glob("*.ckpt")) for path in found):
-        return None
-    taken = [int(path.name.rpartition("-")[2]) for path in folder.glob("earlier-*") if path.name[8:].isdecimal()]
-    target = folder / f"earlier-{max(taken, default=0) + 1}"
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    say(Console(), f"{folder} held another run; it is now in {target}")
-    return target
 
 
 # -- small decisions --------------------------------------------------------------------------------------------------
@@ -469,22 +426,10 @@ def _check_checkpoint(cli: RecipeCLI, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def _resume_command(command: list[str]) -> str:
-    """The command line, resuming from ``{path}``."""
-    args = list(command)
-    while "--ckpt_path" in args:
-        del args[args.index("--ckpt_path") : args.index("--ckpt_path") + 2]
-    return shlex.join(arg for arg in args if not arg.startswith("--ckpt_path=")) + " --ckpt_path {path}"
-
-
 def _python() -> str:
     """``python`` where that is the interpreter at work, else its path."""
     found = shutil.which("python")
     return "python" if found and os.path.samefile(found, sys.executable) else sys.executable
-
-
-def _is_inside(path: str | Path, folder: Path) -> bool:
-    return folder.resolve() in Path(path).resolve().parents
 
 
 def _listed(value: Any) -> list[Any]:
