@@ -11,9 +11,10 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from presets import PRESETS
 from rich.console import Console
 from rich.table import Table
-from savings import PRESETS, ROOT, Run, Sweep, command
+from savings import ROOT, Run, Sweep, command
 
 
 def main() -> None:

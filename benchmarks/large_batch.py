@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from frontier import above
+from presets import Preset
 from rich.console import Console
 from rich.table import Table
-from savings import ROOT, TUNING_SEED, Preset, Run, Sweep, command
+from savings import ROOT, TUNING_SEED, Run, Sweep, command
 
 RECIPE = "bert_lamb_large_batch"
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null"]

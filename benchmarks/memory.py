@@ -29,9 +29,10 @@ from typing import Any
 import tables
 import torch
 from frontier import above
+from presets import Preset
 from rich.console import Console
 from rich.table import Table
-from savings import ROOT, Preset, Run, Sweep
+from savings import ROOT, Run, Sweep
 from throughput import Clock, interval, ratio
 
 from lit_scale.cost import hardware, resident_peak, versions, write_json

@@ -1,5 +1,6 @@
 import json
 import math
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import savings
 import tables
+import yaml
+from presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +45,7 @@ def test_charges_count_and_validation_does_not():
 
 
 def test_the_rate_is_tuned_beyond_the_ends_of_the_grid(tmp_path):
-    preset = replace(savings.PRESETS["bert_progressive_stack"]["cpu"], lrs=[1e-3, 2e-3])
+    preset = replace(PRESETS["bert_progressive_stack"]["cpu"], lrs=[1e-3, 2e-3])
     sweep = savings.Sweep("bert_progressive_stack", "cpu", preset, tmp_path, None, 1)
     best = {10: 4e-3, 20: 2.5e-4}
     sweep.make_all = lambda runs, what: {
@@ -113,7 +116,7 @@ def test_all_sweeps_go_on_when_one_fails(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["savings.py", "--all"])
     with pytest.raises(SystemExit, match="these sweeps failed.*: vit_resolution_growing cpu$"):
         savings.main()
-    cpu = [(recipe, name) for recipe, own in savings.PRESETS.items() for name in own if name.startswith("cpu")]
+    cpu = [(recipe, name) for recipe, own in PRESETS.items() for name in own if name.startswith("cpu")]
     assert made == cpu
     assert ("vit_importance_sampling", "cpu-plain") in made
     printed = capsys.readouterr().out
@@ -128,7 +131,7 @@ def test_all_sweeps_go_on_when_one_fails(monkeypatch, capsys):
         ("bert_progressive_stack --jobs=0", "--jobs"),
         ("bert_progressive_stack --preset=tpu", "--preset"),
         ("bert_progressive_stack --all", "name one recipe, or --all"),
-        ("vit_resolution_growing --preset=gpu", "--preset gpu: vit_resolution_growing has cpu"),
+        ("vit_resolution_growing --preset=cpu-plain", "--preset cpu-plain: vit_resolution_growing has cpu, gpu"),
         ("no_such_recipe", "recipe"),
     ],
 )
@@ -140,11 +143,45 @@ def test_bad_arguments_are_refused_with_usage(arguments, told, monkeypatch, caps
     assert told in capsys.readouterr().err
 
 
+def test_flags_behind_two_dashes_are_those_of_every_run(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        savings.Sweep, "make_all", lambda sweep, runs, what: asked.extend(map(sweep.flags, runs)) or 1 / 0
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["savings.py", "bert_token_skip", f"--runs={tmp_path}", "--", "--data.seed=3", "--model.depth=2"]
+    )
+    with pytest.raises(ZeroDivisionError):
+        savings.main()
+    assert len(asked) == 3  # the first runs of a sweep: its rates
+    own = PRESETS["bert_token_skip"]["cpu"].flags
+    assert all(flags[: len(own) + 2] == [*own, "--data.seed=3", "--model.depth=2"] for flags in asked)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [(recipe, name) for recipe, own in PRESETS.items() for name in own if name == "gpu"]
+)
+def test_a_recipe_takes_the_flags_of_its_gpu_preset(recipe, name, monkeypatch, capsys):
+    """No such machine is needed to see that they are flags, and that baselines are long enough to be compared with."""
+    preset, path = PRESETS[recipe][name], str(savings.ROOT / "recipes" / f"{recipe}.py")
+    monkeypatch.setattr(sys, "argv", [path, *preset.flags, "--print_config"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(path, run_name="__main__")
+    assert not stopped.value.code
+    config = yaml.safe_load(capsys.readouterr().out)
+    asked = dict(flag.removeprefix("--").split("=", 1) for flag in preset.flags)
+    assert config["trainer"]["precision"] == "bf16-mixed"
+    assert config["model"]["width"] == int(asked["model.width"])
+    cost = preset.technique_steps[0] * preset.relative_cost
+    assert min(preset.baseline_steps) < cost / 2
+    assert cost < 2 * max(preset.baseline_steps)
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
     monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
     preset = replace(
-        savings.PRESETS["bert_progressive_stack"]["cpu"],
+        PRESETS["bert_progressive_stack"]["cpu"],
         flags=[
             f"--data.corpus={tiny_corpus}",
             "--data.sequence_length=16",
@@ -160,7 +197,7 @@ def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
         technique_steps=[16],
         jobs=2,
     )
-    monkeypatch.setitem(savings.PRESETS["bert_progressive_stack"], "cpu", preset)
+    monkeypatch.setitem(PRESETS["bert_progressive_stack"], "cpu", preset)
     monkeypatch.setattr(tables, "update_readme", lambda folder: None)
     out = tmp_path / "out"
     command = ["savings.py", "bert_progressive_stack", "--seeds=2", f"--runs={tmp_path / 'runs'}", f"--out={out}"]
@@ -189,7 +226,7 @@ def test_a_sweep_runs_is_stored_and_resumes(tmp_path, tiny_corpus, monkeypatch):
 @pytest.mark.slow
 def test_recipes_that_train_the_same_without_their_technique_share_the_baseline(tmp_path):
     def home(recipe, **changes):
-        preset = replace(savings.PRESETS[recipe]["cpu"], **changes)
+        preset = replace(PRESETS[recipe]["cpu"], **changes)
         return savings.Sweep(recipe, "cpu", preset, tmp_path / recipe, None, 1).home(True)
 
     stacking = home("bert_progressive_stack")
