@@ -28,6 +28,7 @@ from savings import ROOT, TUNING_SEED, Run, Sweep, command
 
 RECIPE = "bert_lamb_large_batch"
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null"]
+SMALL = [*CPU, "--data.batch_size=2", "--model.depth=4", "--data.max_val_sequences=512"]
 SIDES = {  # flags, and where the grid of rates begins
     "small batch": (["--baseline"], 1.0),
     "AdamW": (["--large_batch.optimizer=own"], 2.0),  # between no scaling and the square root of 16
@@ -51,11 +52,20 @@ class LargePreset(Preset):
 
 PRESETS = {
     "cpu": LargePreset(
-        # 16 times 2 is below the critical batch of a run this short, which is some tens of these sequences
-        flags=[*CPU, "--data.batch_size=2", "--model.depth=4", "--data.max_val_sequences=512"],
+        # 16 times 2 is about the critical batch of a run this short
+        flags=SMALL,
         lrs=[5e-4, 1e-3, 2e-3],
         tune_steps=[],
         baseline_steps=[3_200],
+        technique_steps=[],
+        jobs=max(1, os.cpu_count() or 1),
+        threads=1,
+    ),
+    "cpu-long": LargePreset(  # 800 steps of the large batch instead of 200
+        flags=SMALL,
+        lrs=[2.5e-4, 5e-4, 1e-3],
+        tune_steps=[],
+        baseline_steps=[12_800],
         technique_steps=[],
         jobs=max(1, os.cpu_count() or 1),
         threads=1,
