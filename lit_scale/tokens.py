@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from lit_scale.blocks import BlockStack
 
 __all__ = [
-    "DrawnPositions",
-    "GivenPositions",
     "TokenSpan",
     "highest",
     "late_span",
@@ -89,59 +87,6 @@ def random_scores(seed: Tensor, size: int, length: int) -> Tensor:
     row = _mix(_mix(seed + 1) + torch.arange(size, device=seed.device)[:, None])  # (B, 1)
     place = torch.arange(length, device=seed.device)
     return (_mix(_mix(place + 1) ^ row) << 20) + place
-
-
-class GivenPositions:
-    """Keeps the positions that were chosen from the batch, in all blocks of a span.
-
-    Args:
-        required: Whether a network that was not told any must not run.
-    """
-
-    def __init__(self, required: bool) -> None:
-        self.required = required
-        self.kept: Tensor | None = None
-        self.length = 0
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        if self.kept is None:
-            if self.required:
-                raise RuntimeError(
-                    "the masked positions of this network join late, so it has to be told them: run it through a "
-                    "Trainer with callbacks=[TokenDropping('masked')], or call release_tokens to let all tokens run "
-                    "through all blocks from now on"
-                )
-            return None
-        if x.shape[:2] != (self.kept.shape[0], self.length):
-            raise ValueError(
-                f"the blocks get (batch, tokens) {tuple(x.shape[:2])}, the batch's input_ids are "
-                f"{(self.kept.shape[0], self.length)}; tokens can be chosen from a batch only where they are the same"
-            )
-        return self.kept
-
-    def set(self, kept: Tensor, length: int) -> None:
-        """Keep these positions (B, K) of sequences of this length."""
-        self.kept, self.length = kept, length
-
-
-class DrawnPositions:
-    """Keeps positions drawn at random, anew for each block, once it has a seed and a share.
-
-    Args:
-        prefix: Leading tokens that are always kept.
-    """
-
-    def __init__(self, prefix: int) -> None:
-        self.prefix, self.share = prefix, 1.0
-        self.seed: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor | None:
-        if self.seed is None:
-            return None
-        size, length = x.shape[:2]
-        scores = random_scores(self.seed, size, length)
-        scores = torch.where(torch.arange(length, device=x.device) < self.prefix, 2**60, scores)
-        return highest(scores, max(self.prefix, 1, round(self.share * length)))
 
 
 # -- taking and putting back ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lit_scale.callbacks.token_dropping import growing_share
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from lit_scale.running_loss import running_loss
+from lit_scale.token_choice import running_loss
 from lit_scale.tokens import release_tokens
 from tests.foreign_models import (
     LENGTH,
