@@ -254,7 +254,7 @@ class TokenDropping(Technique):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the running losses of a checkpoint."""
-        self._choice.loaded = state_dict.get("running_loss")
+        self._choice.loaded, self._choice.table = state_dict.get("running_loss"), None
 
     def is_plain(self) -> bool:
         """All tokens run through all blocks."""

@@ -475,6 +475,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, kind: str, options: d
         assert (whole["state"]["running_loss"] < 10.0).any()
 
 
+def test_the_running_losses_are_those_of_the_weights_that_were_loaded_last(tmp_path: Path) -> None:
+    dropping, data = TokenDropping(**EASY), (loader("bert", size=20), loader("bert", size=4, shuffle=False))
+    saving = save_every_step(tmp_path / "steps")
+    trainer = quiet_trainer(tmp_path, callbacks=[dropping, saving], max_steps=4, enable_checkpointing=True)
+    trainer.fit(module := made("bert"), *data)
+    ended = dropping.state_dict()
+    early = torch.load(tmp_path / "steps" / "step=2.ckpt", weights_only=True)
+    trainer.validate(module, data[1], ckpt_path=tmp_path / "steps" / "step=2.ckpt", verbose=False)
+    assert not equal(dropping.state_dict(), ended)
+    trainer.save_checkpoint(again := tmp_path / "again.ckpt")
+    assert equal(
+        torch.load(again, weights_only=True)["callbacks"]["TokenDropping"], early["callbacks"]["TokenDropping"]
+    )
+
+
 def test_without_the_running_losses_a_resumed_run_differs(tmp_path: Path) -> None:
     class Forgetful(TokenDropping):
         def state_dict(self) -> dict[str, Any]:
