@@ -77,6 +77,27 @@ def weights(*flags: str) -> list[str]:
 # WebDataset shards of CIFAR-10, which recipes/write_shards.py writes (with --name test for those of cifar10-test).
 CIFAR10 = ["--data.source=data/cifar10/train-*.tar", "--data.val_source=data/cifar10/test-*.tar"]
 
+# of masked autoencoders' two accuracies only the probe's, which is cheap; fine-tuning would take half of a sweep
+PROBE = '--trainer.callbacks=[{"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 0}}]'
+
+# what recipes have in common that share a baseline, whose runs they take from each other
+BERT_BASELINE: dict[str, Any] = {
+    "lrs": [4.5e-4, 6.7e-4, 1e-3],
+    "tune_steps": [600],
+    "baseline_steps": [300, 600, 1_200],
+}
+VIT_BASELINE: dict[str, Any] = {
+    "flags": [*CIFAR10, "--data.max_val_images=2000"],
+    "lrs": [4.1e-4, 7e-4, 1.2e-3],
+    "tune_steps": [600],
+    "baseline_steps": [300, 600, 1_200],
+}
+RARE_BASELINE: dict[str, Any] = {
+    "lrs": [5e-4, 1e-3, 2e-3],
+    "tune_steps": [2_000],
+    "baseline_steps": [1_000, 2_000, 4_000, 6_000],
+}
+
 # models of a GPU's size, 38 and 21 million parameters; init_std is 0.02 at width 768, scaled by 1 / sqrt(width)
 BERT = [
     "--model.depth=12",
@@ -103,9 +124,7 @@ RARE = ["--data.imbalance=100", "--data.augmentation=standard", "--data.batch_si
 PRESETS: dict[str, dict[str, Preset]] = {
     "bert_progressive_stack": {
         "cpu": on_cpu(
-            lrs=[4.5e-4, 6.7e-4, 1e-3],
-            tune_steps=[600, 1_200],
-            baseline_steps=[300, 600, 1_200],
+            **BERT_BASELINE | {"tune_steps": [600, 1_200]},
             technique_steps=[750, 500],
             relative_cost=0.5,
             choices={
@@ -123,10 +142,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "vit_resolution_growing": {
         "cpu": on_cpu(
-            flags=[*CIFAR10, "--data.max_val_images=2000"],
-            lrs=[4.1e-4, 7e-4, 1.2e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **VIT_BASELINE,
             technique_steps=[900, 600],
             relative_cost=0.55,
         ),
@@ -134,10 +150,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "vit_patch_dropping": {
         "cpu": on_cpu(
-            flags=[*CIFAR10, "--data.max_val_images=2000"],
-            lrs=[4.1e-4, 7e-4, 1.2e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **VIT_BASELINE,
             technique_steps=[1_400, 900],
             relative_cost=0.35,
             choices={
@@ -159,8 +172,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "--data.source=data/cifar10/train-{00000..00001}.tar",
                 CIFAR10[1],
                 "--data.max_val_images=2000",
-                # of the two accuracies only the probe's, which is cheap; fine-tuning would take half of the sweep
-                '--trainer.callbacks=[{"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 0}}]',
+                PROBE,
             ],
             lrs=[1e-3, 2e-3, 4e-3],
             tune_steps=[400],
@@ -170,10 +182,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             accuracies=("linear_probe_accuracy",),
         ),
         "gpu": on_gpu(
-            [
-                *VIT,
-                '--trainer.callbacks=[{"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 0}}]',
-            ],
+            [*VIT, PROBE],
             technique_steps=[8_000, 4_000],
             relative_cost=0.33,
             accuracies=("linear_probe_accuracy",),
@@ -182,9 +191,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "vit_importance_sampling": {
         # heavy imbalance: nine of ten digits are zeros, which are easy after a few hundred steps
         "cpu": on_cpu(
-            lrs=[5e-4, 1e-3, 2e-3],
-            tune_steps=[2_000],
-            baseline_steps=[1_000, 2_000, 4_000, 6_000],
+            **RARE_BASELINE,
             technique_steps=[2_000, 1_300],
             relative_cost=2.0,
             choices={
@@ -212,9 +219,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "vit_selective_backprop": {
         "cpu": on_cpu(
-            lrs=[5e-4, 1e-3, 2e-3],
-            tune_steps=[2_000],
-            baseline_steps=[1_000, 2_000, 4_000, 6_000],
+            **RARE_BASELINE,
             technique_steps=[3_000, 2_000],
         ),
         "gpu": on_gpu([*CLASSIFIER, *RARE], technique_steps=[6_000, 3_000]),
@@ -249,9 +254,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "bert_dynamic_sparse": {
         "cpu": on_cpu(
-            lrs=[4.5e-4, 6.7e-4, 1e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **BERT_BASELINE,
             technique_steps=[900, 600],
             relative_cost=0.4,
             choices={
@@ -266,9 +269,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # RigL as published: no time is saved, and the question is what is lost
         "cpu-weights": on_cpu(
             flags=weights("density=0.2"),
-            lrs=[4.5e-4, 6.7e-4, 1e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **BERT_BASELINE,
             technique_steps=[600],
             relative_cost=1.2,
         ),
@@ -276,9 +277,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "bert_token_skip": {
         "cpu": on_cpu(
-            lrs=[4.5e-4, 6.7e-4, 1e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **BERT_BASELINE,
             technique_steps=[1_100, 750],
             relative_cost=0.6,
             choices={
@@ -298,9 +297,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "bert_all_in_one": {
         "cpu": on_cpu(
-            lrs=[4.5e-4, 6.7e-4, 1e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **BERT_BASELINE,
             technique_steps=[900, 600],
             relative_cost=0.5,
         ),
@@ -308,10 +305,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "vit_all_in_one": {
         "cpu": on_cpu(
-            flags=[*CIFAR10, "--data.max_val_images=2000"],
-            lrs=[4.1e-4, 7e-4, 1.2e-3],
-            tune_steps=[600],
-            baseline_steps=[300, 600, 1_200],
+            **VIT_BASELINE,
             technique_steps=[1_100, 700],
             relative_cost=0.4,
         ),
