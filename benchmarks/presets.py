@@ -230,13 +230,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
             tune_steps=[600],
             baseline_steps=[300, 600, 1_200, 2_400],
             technique_steps=[600, 400],
-            relative_cost=8.0,
+            relative_cost=3.0,
             choices={
                 f"the top {share:g}": (round(2_880 / (1 + 1.13 / 3 / share)), [f"--rho_loss.share={share:g}"])
                 for share in (0.1, 0.25, 0.5)  # a step, and two forward passes of which the second is a small model's
             },
         ),
-        "gpu": on_gpu([*CLASSIFIER, *RARE[1:]], technique_steps=[1_500, 750], relative_cost=6.0),
+        "gpu": on_gpu([*CLASSIFIER, *RARE[1:]], technique_steps=[4_000, 2_000], relative_cost=1.8),
     },
     "gpt_length_warmup": {
         "cpu": on_cpu(

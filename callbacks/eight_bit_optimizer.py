@@ -35,6 +35,7 @@ class EightBitOptimizer(Technique):
     """
 
     factor = "bytes"
+    joins_late = False
 
     def __init__(self, embeddings: bool = False) -> None:
         self.embeddings = embeddings

@@ -46,6 +46,7 @@ class LargeBatch(Technique):
     """
 
     factor = "steps"
+    joins_late = False
     shares_with = frozenset({"BatchRamp"})
 
     def __init__(

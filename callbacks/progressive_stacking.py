@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -88,6 +89,7 @@ class ProgressiveStacking(Technique):
     """
 
     factor = "blocks"
+    joins_late = False
 
     def __init__(
         self,
@@ -207,6 +209,7 @@ class ProgressiveStacking(Technique):
             while self._stage < due:
                 with charge(trainer, "growth"):
                     self._grow(trainer, pl_module)
+                rank_zero_info(f"ProgressiveStacking: {self._depths[self._stage]} blocks from step {step} on")
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (step + 1) % every == 0:  # what is logged at other steps is not written
             pl_module.log("progressive_stacking/active_blocks", float(len(self._stack.active)))

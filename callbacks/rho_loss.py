@@ -74,6 +74,7 @@ class RhoLoss(SampleChoice):
         self._other: Any = None  # the model
         self._checkpoint: dict[str, Any] = {}  # its own, without the weights
         self._fingerprint = ""  # of its weights
+        self._plain = False  # the clock prices a step without the technique
 
     def settings(self) -> dict[str, Any]:
         """The share, and which model tells the irreducible loss."""
@@ -127,11 +128,26 @@ class RhoLoss(SampleChoice):
 
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
         """Take those whose loss can be reduced most."""
-        if round_share(self.share, count_samples(batch)) == count_samples(batch):
+        count = count_samples(batch)
+        if self._plain and self._loader is not None:  # without the technique it would bring so many
+            batch = take_samples(batch, slice(0, round_share(self.share, count)))
+        if self._plain or round_share(self.share, count) == count:
             return step(batch)
         index = top_reducible(sample_losses(pl_module, batch), sample_losses(self._other, batch), self.share)
         return step(take_samples(batch, index))
 
+    def is_plain(self) -> bool:
+        """Only where the clock asks for it."""
+        return self._plain
+
+    def plain_shape(self) -> dict[str, Any]:
+        """As many samples are trained, and none are scored."""
+        return {"samples_kept": "unscored"}
+
     def step_shape(self) -> dict[str, Any]:
         """Share of the samples that is trained."""
-        return {"samples_kept": self.share}
+        return {"samples_kept": "unscored" if self._plain else self.share}
+
+    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+        """Score no samples where a step is to be plain."""
+        self._plain = shape["samples_kept"] == "unscored"

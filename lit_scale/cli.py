@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -204,7 +204,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The user's Trainer, with the techniques, the clock and the guards."""
         config = self._get(self.config_init, "trainer")
-        checkpoints = Path(config.default_root_dir, "checkpoints")
+        checkpoints, bar = Path(config.default_root_dir, "checkpoints"), Console().is_terminal
         command = [*self.recipe.command, *self.arguments]
         techniques = [self._get(self.config_init, snake_case(technique)) for technique in self.recipe.techniques]
         self.meter = CostMeter(
@@ -222,10 +222,11 @@ class RecipeCLI(LightningCLI):
             StepSeed(self.config.seed_everything),
             PreemptionGuard(checkpoints, resume_command=resume_command(command)),
             *([] if config.enable_checkpointing is False else [LastCheckpoint(checkpoints)]),
-            *([] if config.enable_progress_bar is False else [_ProgressBar()]),
+            *([] if config.enable_progress_bar is False else [_ProgressBar() if bar else _Lines()]),
         ]
         plugins = [*_listed(config.plugins), SafeCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        bars = {} if bar else {"enable_progress_bar": False}
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **bars, **kwargs)
 
     def train(self) -> dict[str, Any]:
         """Fit, validate where training ended, and return the record."""
@@ -245,6 +246,17 @@ class RecipeCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self.meter.write(self.trainer, self.model)
         return self.meter.record(self.trainer, self.model)
+
+
+class _Lines(Callback):
+    """A line for each validation, where there is no terminal for a progress bar."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
+            of = f" of {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
+            own = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            told = ", ".join(f"{name} {float(value):.4f}" for name, value in own.items())
+            say(Console(), f"step {trainer.global_step:,}{of}: {told}")
 
 
 class _ProgressBar(RichProgressBar):

@@ -31,6 +31,8 @@ _NOISE = (
     "Restor",  # -ing, -ed states from the checkpoint
     "\nDetected KeyboardInterrupt",
     "Initializing distributed",
+    "ProgressiveStacking: ",  # the table of stages tells it
+    "CostMeter: wrote",
     "-" * 20,
     "distributed_backend",
 )

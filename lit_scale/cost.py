@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -260,7 +260,7 @@ class CostMeter(Callback):
         elif self.repeats and self._batches and pl_module.automatic_optimization:
             self._calibrate(trainer, pl_module)
         self._batches = {}
-        self.write(trainer, pl_module)
+        rank_zero_info(f"CostMeter: wrote {self.write(trainer, pl_module)}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         techniques = _techniques(trainer)
@@ -341,7 +341,7 @@ class CostMeter(Callback):
         seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "recipe": self.recipe,
-            "technique": self.technique,
+            "technique": self.technique or " + ".join(technique.name for technique in _techniques(trainer)),
             "baseline": self.baseline,
             "seed": None if seed is None else int(seed),
             **self.ledger.record(),

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -221,6 +223,10 @@ class PreemptionGuard(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if (
+            not self._received and getattr(rank_zero_only, "rank", 0) == 0
+        ):  # print() must not be called inside of itself
+            os.write(1, f"\n{signal.Signals(number).name}: a checkpoint follows at the next step\n".encode())
         self._received = number
 
     def on_train_batch_end(
@@ -253,7 +259,8 @@ class PreemptionGuard(Callback):
             return
         if trainer.is_global_zero:
             command = self.resume_command.replace("{path}", shlex.quote(path))
-            print(f"{signal.Signals(received).name}: saved {path}; resume with: {command}", flush=True)
+            out = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # a progress bar would break the command's line
+            print(f"{signal.Signals(received).name}: saved {path}; resume with: {command}", file=out, flush=True)
         children = [p for p in getattr(trainer.strategy.launcher, "procs", ()) if isinstance(p, subprocess.Popen)]
         if children:
             # Lightning watches this list, and kills everything, itself first, when one of them exits with a code

@@ -138,13 +138,14 @@ class Ledger:
     # -- state and record ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the calibration, as plain values."""
+        """Everything, as plain values."""
         return {
             "counts": list(self.counts.items()),
             "flops": list(self.flops.items()),
             "skipped": list(self.skipped.items()),
             "timings": list(self.timings.items()),
             "waits": list(self.waits.items()),
+            "calibrated": list(self.calibrated.items()),
             "charges": self.charges,
             "stages": [stage | {"counts": list(stage["counts"].items())} for stage in self.stages],
             "curve": self.curve,
@@ -155,6 +156,7 @@ class Ledger:
         self.counts, self.flops = dict(state_dict["counts"]), dict(state_dict["flops"])
         self.skipped = dict(state_dict.get("skipped", ()))
         self.timings, self.waits = dict(state_dict["timings"]), dict(state_dict["waits"])
+        self.calibrated = dict(state_dict.get("calibrated", ()))
         self.charges, self.curve = dict(state_dict["charges"]), list(state_dict["curve"])
         self.stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
         self._stage = self.stages[-1] if self.stages else {}

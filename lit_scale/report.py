@@ -88,7 +88,7 @@ def saving_line(record: dict[str, Any]) -> str:
     lines = []
     plain = plain_step(record)
     if not record["baseline"] and plain is None:
-        lines.append("no step was the full model's, so there is no saving to tell: use --compare, or a longer run")
+        lines.append("no step was the full model's, so there is no saving to tell from this run alone")
     elif not record["baseline"] and plain is not None:
         full = {clock: record["steps"] * cost for clock, cost in plain.items()}
         saved = {clock: 1 - record[clock] / max(cost, 1e-12) for clock, cost in full.items()}
@@ -126,8 +126,15 @@ def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, 
     def same(shape: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(shape[name] for name in ("kind", "samples", "tokens", "update", "batch"))
 
-    prices = {same(shape): shape["seconds_each"] for shape in record["shapes"] if shape["plain"]}
-    shapes = [shape | {"seconds_each": prices.get(same(shape), shape["seconds_each"])} for shape in baseline["shapes"]]
+    def alike(shape: dict[str, Any]) -> tuple[Any, ...]:  # the same step made from part of a larger batch
+        return tuple(shape[name] for name in ("kind", "update", "flops_each"))
+
+    plain = [shape for shape in record["shapes"] if shape["plain"]]
+    prices = {key(shape): shape["seconds_each"] for key in (alike, same) for shape in plain}
+    shapes = [
+        shape | {"seconds_each": prices.get(same(shape), prices.get(alike(shape), shape["seconds_each"]))}
+        for shape in baseline["shapes"]
+    ]
     before, after = (
         sum(shape["count"] * shape["seconds_each"] for shape in some if shape["kind"] == "train")
         for some in (baseline["shapes"], shapes)

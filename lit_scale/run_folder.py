@@ -35,7 +35,8 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # once more where the last step was validated: the clock has its prices only now
             trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"), weights_only=False)
 
 

@@ -112,6 +112,8 @@ class Technique(Callback):
     factor: ClassVar[Factor]
     #: Names of techniques on the same factor that this one can share it with.
     shares_with: ClassVar[frozenset[str]] = frozenset()
+    #: Whether it can be added to a run that was begun without it.
+    joins_late: ClassVar[bool] = True
     #: Where the micro-batches of an optimizer step change over the run; see :mod:`lit_scale.steps`.
     windows: Windows = ()
     #: Strategies it is tested with, and what to write instead of others.
@@ -183,11 +185,17 @@ def check_techniques(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Refuse to resume training without, or with other settings of, the techniques of a checkpoint.
 
     Raises:
-        ValueError: Naming the technique and the setting.
+        ValueError: Naming the technique and the setting, or one that cannot join a run which was begun without it.
     """
     if trainer.state.fn != "fit":
         return
     present = {type(t).__name__: t for t in trainer.callbacks if isinstance(t, Technique)}  # type: ignore[attr-defined]
+    for name, technique in present.items():
+        if not technique.joins_late and name not in checkpoint.get(_MARK, {}):
+            raise ValueError(
+                f"the checkpoint was trained without {name}, which has to be there from the first step; leave it out, "
+                "or start a new run from the checkpoint's weights"
+            )
     for name, settings in checkpoint.get(_MARK, {}).items():
         if name not in present:
             raise ValueError(

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.cli import Recipe, RecipeCLI, _validation_times, run_recipe
@@ -252,12 +253,14 @@ def test_a_run_prints_its_report_and_nothing_else(run, capsys, monkeypatch):
     assert all(Path("runs/test_cli", name).exists() for name in ("result.json", "result.png", "config.yaml"))
 
 
-def test_news_pass_and_noise_does_not(run, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_news_pass_and_noise_does_not(terminal, run, capsys, monkeypatch):
     def news() -> None:
         rank_zero_info("an unusual message")
         rank_zero_warn("an unusual warning")
         rank_zero_info("GPU available: some")
 
+    monkeypatch.setattr(Console, "is_terminal", terminal)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run("--trainer.max_steps=2", at=(1, news), bar=True)
@@ -265,8 +268,9 @@ def test_news_pass_and_noise_does_not(run, capsys):
     assert "an unusual warning" in shown
     assert not [text for text in shown if "LeafSpec" in text or "LightningCLI" in text]
     out = capsys.readouterr().out
-    assert "Epoch 0 " in out
+    assert ("Epoch 0 " in out) == terminal
     assert "/-2" not in out
+    assert (re.search(r"^step 2 of 2: val/loss [\d.]+, ", out, re.M) is None) == terminal
 
 
 WIDE = {

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_scale.callbacks import ProgressiveStacking
+from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
 from lit_scale.technique import Technique, check_techniques, progress, progress_after
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
 
@@ -257,6 +257,15 @@ def test_another_technique_notices_one_that_is_missing(checkpoint: Path) -> None
     )
     with pytest.raises(ValueError, match=message):
         resume(checkpoint, Shorter())
+
+
+@pytest.mark.parametrize("technique", [ProgressiveStacking([(0.0, 1), (0.5, 2)]), EightBitOptimizer(), LargeBatch(2)])
+def test_what_has_to_be_there_from_the_first_step_cannot_join_later(technique: Technique, checkpoint: Path) -> None:
+    name = type(technique).__name__
+    with pytest.raises(
+        ValueError, match=f"was trained without {name}, which has to be there from the first step; leave"
+    ):
+        resume(checkpoint, Shorter(), technique)
 
 
 def test_only_training_minds(checkpoint: Path) -> None:
