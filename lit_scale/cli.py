@@ -441,7 +441,9 @@ def _check_checkpoint(cli: RecipeCLI, checkpoint: dict[str, Any]) -> None:
 def _python() -> str:
     """``python`` where that is the interpreter at work, else its path."""
     found = shutil.which("python")
-    return "python" if found and os.path.samefile(found, sys.executable) else sys.executable
+    # the folder decides: an environment's interpreter is a link to one that does not know its packages
+    same = found is not None and os.path.samefile(os.path.dirname(found), os.path.dirname(sys.executable))
+    return "python" if same else sys.executable
 
 
 def _listed(value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
 from lit_scale.callbacks import ProgressiveStacking
-from lit_scale.cli import Recipe, RecipeCLI, _validation_times, run_recipe
+from lit_scale.cli import Recipe, RecipeCLI, _python, _validation_times, run_recipe
 from lit_scale.datamodules import TextDataModule
 from lit_scale.models import BertMLM
 from lit_scale.report import amount, comparison_table, priced_alike, saving_line, seconds, stage_table
@@ -551,3 +551,15 @@ def test_a_recipe_as_a_module(tmp_path, tiny_corpus):
     record = json.loads((tmp_path / "runs" / "mine" / "result.json").read_text())
     assert record["recipe"] == "mine"
     assert f"{tmp_path}/inner/mine.py --trainer.max_steps=1" in record["command"]
+
+
+def test_the_command_to_resume_names_the_interpreter_that_has_the_packages(tmp_path, monkeypatch):
+    """An environment's python is a link to the one it was made from, which may come first in PATH."""
+    for folder in ("base", "env"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "base" / "python").symlink_to(sys.executable)
+    (tmp_path / "env" / "python").symlink_to(tmp_path / "base" / "python")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
+    for first, named in (("base", sys.executable), ("env", "python")):
+        monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / folder) for folder in (first, "base")))
+        assert _python() == named
