@@ -330,7 +330,12 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "savings", help="where the runs are kept")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="where the results go; the README shows those of the default only",
+    )
     parser.add_argument("--table", action="store_true", help="only write the README's tables from the stored results")
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
@@ -467,7 +472,7 @@ def run_sweep(args: argparse.Namespace) -> None:
     tables.plot_overview(tables.stored(args.out, "saving"), args.out / "overview.png")
     tables.update_readme(args.out)
     report(result, console)
-    console.print(f"written: {path}, {path.with_suffix('.png')}, README.md", highlight=False)
+    console.print(f"written: {path}, {path.with_suffix('.png')}", highlight=False)
 
 
 def command(script: str, args: list[str]) -> str:

@@ -319,10 +319,12 @@ def update(text: str, name: str, body: str) -> str:
     return f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
 
 
-def update_readme(folder: Path, readme: Path = ROOT / "README.md", docs: Path = ROOT / "docs") -> None:
-    """Write the generated parts of the README and of the method cards anew."""
-    if readme.exists():
-        readme.write_text(render(readme.read_text(), folder))
+def update_readme(folder: Path) -> None:
+    """Write the generated parts of the README and of the method cards anew, if these are the project's own results."""
+    if folder.resolve() != ROOT / "benchmarks" / "results":
+        return  # somebody's own, kept apart by --out
+    readme, docs = ROOT / "README.md", ROOT / "docs"
+    readme.write_text(render(readme.read_text(), folder))
     for result in stored(folder, "saving"):
         card = docs / f"{result['technique']}.md"
         if card.exists():

@@ -223,9 +223,8 @@ class PreemptionGuard(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if (
-            not self._received and getattr(rank_zero_only, "rank", 0) == 0
-        ):  # print() must not be called inside of itself
+        if not self._received and getattr(rank_zero_only, "rank", 0) == 0:
+            # not print(), which the signal may have interrupted and which cannot be called inside of itself
             os.write(1, f"\n{signal.Signals(number).name}: a checkpoint follows at the next step\n".encode())
         self._received = number
 

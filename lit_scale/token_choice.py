@@ -6,6 +6,7 @@ Each way has a class, whose methods :class:`~lit_scale.callbacks.TokenDropping` 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -62,9 +63,9 @@ class TokenChoice:
     def decide(self, done: float) -> None:
         """Settle what is kept at a step before which so much of the run is done."""
 
+    @abstractmethod
     def choose(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Choose from a batch: positions (B, K), and the length T of the sequences that they are of."""
-        raise NotImplementedError
 
     def positions(self, x: Tensor) -> Tensor | None:
         """Positions (B, K) of a sequence (B, T, C) that a span keeps; None for all."""

@@ -143,6 +143,18 @@ def test_bad_arguments_are_refused_with_usage(arguments, told, monkeypatch, caps
     assert told in capsys.readouterr().err
 
 
+def test_only_the_projects_own_results_are_shown_in_its_readme(tmp_path, monkeypatch):
+    stored = tmp_path / "benchmarks" / "results"
+    for folder in (stored, tmp_path / "docs", tmp_path / "mine"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(text := "<!-- memory:begin -->\nolder\n<!-- memory:end -->\n")
+    tables.update_readme(tmp_path / "mine")
+    assert (tmp_path / "README.md").read_text() == text
+    tables.update_readme(stored)
+    assert "Not measured yet" in (tmp_path / "README.md").read_text()
+
+
 def test_flags_behind_two_dashes_are_those_of_every_run(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
