@@ -157,7 +157,11 @@ class Ledger:
         self.skipped = dict(state_dict.get("skipped", ()))
         self.timings, self.waits = dict(state_dict["timings"]), dict(state_dict["waits"])
         self.calibrated = dict(state_dict.get("calibrated", ()))
-        self.charges, self.curve = dict(state_dict["charges"]), list(state_dict["curve"])
+        # charges of checkpoints from before they had FLOPs are told by count and seconds alone
+        self.charges = {what: (*own, 0)[:3] for what, own in state_dict["charges"].items()}
+        self.curve = [
+            {"charged": (point.pop("charged_seconds", 0.0), 0)} | point for point in map(dict, state_dict["curve"])
+        ]
         self.stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
         self._stage = self.stages[-1] if self.stages else {}
 

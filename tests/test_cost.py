@@ -30,6 +30,7 @@ from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.cost import CostMeter, charge, charge_run, hardware, versions, write_json
 from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
+from lit_scale.ledger import Ledger
 from lit_scale.models import BertMLM
 
 pytestmark = pytest.mark.filterwarnings(
@@ -488,6 +489,21 @@ def test_an_earlier_run_is_charged_once_on_all_clocks(tmp_path):
     assert record["reference_seconds"] == pytest.approx(steps + earlier["reference_seconds"])
     assert record["wall_seconds"] > earlier["wall_seconds"] - 0.1  # its checkpoint is from just before its end
     assert [point["flops"] for point in record["curve"]] == [record["flops"]]
+
+
+def test_charges_of_a_checkpoint_from_before_they_had_flops_are_kept():
+    ledger, key = Ledger(), (("kind", "train"), ("samples", 4), ("tokens", 64), ("update", True))
+    ledger.count(key, step=0)
+    ledger.charge("growth", 1.5)
+    ledger.add_point(1, {"val/loss": 2.0}, {})
+    state = copy.deepcopy(ledger.state_dict())
+    state["charges"] = {what: [count, seconds] for what, (count, seconds, _) in state["charges"].items()}
+    for point in state["curve"]:
+        point["charged_seconds"] = point.pop("charged")[0]
+    del state["calibrated"]
+    again = Ledger()
+    again.load_state_dict(state)
+    assert again.record() == ledger.record()
 
 
 def test_recompiles_are_charged_and_replays_are_not(tmp_path):
