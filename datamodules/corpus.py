@@ -119,20 +119,22 @@ def read_documents(corpus: str | Sequence[str] | None, cache_dir: Path | None = 
 
 
 def split_documents(
-    documents: dict[str, bytes], val_fraction: float, seed: int
-) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Divide documents into train and validation, each by its own hash and the seed.
+    documents: dict[str, bytes], val_fraction: float, seed: int, test_fraction: float = 0.0
+) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, bytes]]:
+    """Divide documents into train, validation and test, each by its own hash and the seed.
 
-    So a document stays on its side when others come or go. One side is never empty: the document nearest to the
+    So a document stays on its side when others come or go, and the validation documents are the same with and without
+    a test split. Train and validation are never empty, nor is test where it is asked for: the document nearest to the
     threshold changes over. A corpus of one document is cut at line ends into about a hundred pieces first.
 
     Args:
         documents: Content by hash.
         val_fraction: Expected share of the documents for validation, in (0, 1).
         seed: Another seed, another split.
+        test_fraction: Expected share of the documents for test, in [0, 1); below 1 together with ``val_fraction``.
 
     Returns:
-        Documents for training and for validation, in the order given.
+        Documents for training, validation and test, in the order given.
     """
     if len(documents) == 1:
         (text,) = documents.values()
@@ -144,11 +146,15 @@ def split_documents(
         documents = dict(sorted((digest(piece), piece) for piece in pieces))
     place = {name: derive_seed(seed, "split", name) / 2**63 for name in documents}  # uniform in [0, 1)
     ranked = sorted(place, key=place.__getitem__)
-    count = sum(value < val_fraction for value in place.values())
-    held_out = set(ranked[: min(max(count, 1), len(ranked) - 1)])
+    first, last = (sum(value < end for value in place.values()) for end in (val_fraction, val_fraction + test_fraction))
+    tested = 1 if test_fraction else 0  # at least
+    first = min(max(first, 1), len(ranked) - 1 - tested)
+    last = min(max(last, first + tested), len(ranked) - 1)
+    validation, test = set(ranked[:first]), set(ranked[first:last])
     return (
-        {name: text for name, text in documents.items() if name not in held_out},
-        {name: text for name, text in documents.items() if name in held_out},
+        {name: text for name, text in documents.items() if name not in validation | test},
+        {name: text for name, text in documents.items() if name in validation},
+        {name: text for name, text in documents.items() if name in test},
     )
 
 

@@ -189,8 +189,11 @@ class ImageDataModule(ResumableDataModule):
             ``split_seed`` decides. Validation keeps the true ones.
         part: Where the part of the training images that is used begins and ends, as shares of them in an order of
             ``split_seed``: (0.0, 0.8) leaves a fifth to another model, (0.8, 1.0) is that fifth.
+        test_source: Of the test images, on which nothing is chosen, any of the above.
         val_fraction: Share of the images that is held out where there is no ``val_source``, in (0, 1).
-        max_val_images: Validate on a fixed random choice of so many; None validates on all.
+        test_fraction: Share of the images that is held out for a test where there is no ``test_source``, in [0, 1); 0
+            makes no test set.
+        max_val_images: Validate, and test, on a fixed random choice of so many; None takes all.
         skip_broken: Let the next image stand in for one that cannot be decoded, and warn. More than 1% of them (of
             what one process reads in an epoch, but at least one) are an error all the same.
         seed: Of the training data's order and augmentation.
@@ -218,6 +221,7 @@ class ImageDataModule(ResumableDataModule):
         source: str | list[str] = "digits",
         *,
         val_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = None,
         image_size: int = 32,
         batch_size: int = 128,
         num_classes: int | None = None,
@@ -228,6 +232,7 @@ class ImageDataModule(ResumableDataModule):
         label_noise: float = 0.0,
         part: tuple[float, float] = (0.0, 1.0),
         val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         max_val_images: int | None = None,
         skip_broken: bool = False,
         seed: int = 0,
@@ -250,12 +255,15 @@ class ImageDataModule(ResumableDataModule):
             raise ValueError(f"mean={mean}, std={std}: must be three numbers each, those of std above 0")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1, such as 0.1")
+        if not 0 <= test_fraction < 1 - val_fraction:
+            raise ValueError(f"test_fraction={test_fraction}: must lie in [0, 1 - val_fraction), such as 0.1")
         if not 0 <= label_noise < 1:
             raise ValueError(f"label_noise={label_noise}: must lie in [0, 1), such as 0.1")
         if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
             raise ValueError(f"part={tuple(part)}: must be two shares that rise from 0 to 1, such as (0.0, 0.8)")
         self.source = source
         self.val_source = val_source
+        self.test_source = test_source
         self.image_size = image_size
         self.augmentation = augmentation
         self.mean, self.std = tuple(mean), tuple(std)
@@ -263,6 +271,7 @@ class ImageDataModule(ResumableDataModule):
         self.label_noise = label_noise
         self.part = tuple(part)
         self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
         self.max_val_images = max_val_images
         self.skip_broken = skip_broken
         self.split_seed = split_seed
@@ -270,6 +279,7 @@ class ImageDataModule(ResumableDataModule):
         self.cache_dir = cache_folder(cache_dir)
         self.train_set: _Images
         self.validation_set: _Images
+        self.test_set: _Images | None = None
         self._given_classes = num_classes
         self._sources: dict[str, Source] = {}  # those that were opened, by argument
         self._ready = False
@@ -299,36 +309,29 @@ class ImageDataModule(ResumableDataModule):
     # ---- from files to data sets
 
     def prepare_data(self) -> None:
-        for argument in ("source", *(["val_source"] if self.val_source is not None else [])):
+        given = [name for name in ("val_source", "test_source") if getattr(self, name) is not None]
+        for argument in ("source", *given):
             self._open(argument, download=True)
 
     def setup(self, stage: str | None = None) -> None:
-        train = validation = self._open("source")
+        train = self._open("source")
         rows = np.arange(len(train.labels))
-        if self.val_source is not None:
-            validation = self._open("val_source")
-            held_out = np.arange(len(validation.labels))
-            if None not in (train.class_names, validation.class_names) and train.class_names != validation.class_names:
-                raise ValueError(
-                    f"val_source={self.val_source!r} has classes {validation.class_names}, but source={self.source!r} "
-                    f"has {train.class_names}: both need a folder for each class"
-                )
-        else:
-            order = _permutation(len(rows), self.split_seed, "split")
-            count = min(max(1, round(self.val_fraction * len(rows))), len(rows) - 1)
-            rows, held_out = np.sort(order[count:]), np.sort(order[:count])
+        order = _permutation(len(rows), self.split_seed, "split")
+        held_out: dict[str, tuple[Source, npt.NDArray[np.int64]]] = {}
+        for name, fraction in (("val", self.val_fraction), ("test", self.test_fraction)):
+            if getattr(self, f"{name}_source") is not None:
+                held_out[name] = self._all_of(f"{name}_source", train)
+            elif fraction:
+                count = min(max(1, round(fraction * len(rows))), len(order) - 1)
+                held_out[name], order = (train, np.sort(order[:count])), order[count:]
+        rows = np.sort(order)
         begin, end = (round(share * len(rows)) for share in self.part)
         rows = rows[np.sort(_permutation(len(rows), self.split_seed, "part")[begin:end])]
         distinct = len(rows)
-        rows, held_out = (
-            _often(source.labels, own, self.imbalance) for source, own in ((train, rows), (validation, held_out))
-        )
-        if self.max_val_images is not None and len(held_out) > self.max_val_images:
-            chosen = _permutation(len(held_out), self.split_seed, "validation")[: self.max_val_images]
-            held_out = held_out[np.sort(chosen)]
+        rows = _often(train.labels, rows, self.imbalance)
         if distinct < self.batch_size:
             raise ValueError(f"source={self.source!r} is too small: {distinct} images for batch_size={self.batch_size}")
-        for source in (train, validation):
+        for source in (train, *(source for source, _ in held_out.values())):
             self._check_labels(source)
         flip = self.source != "digits"
         settings: dict[str, Any] = {"size": self.image_size, "mean": self.mean, "std": self.std}
@@ -336,9 +339,28 @@ class ImageDataModule(ResumableDataModule):
         augment = _standard(self.image_size, flip) if self.augmentation == "standard" else None
         noisy = _mislabelled(train.labels, self.num_classes, self.label_noise, self.split_seed)
         self.train_set = _Images(train, rows, classes=noisy, augment=augment, train=True, seed=self.seed, **settings)
-        self.validation_set = _Images(validation, held_out, **settings)
+        for name, (source, own) in held_out.items():
+            own = _often(source.labels, own, self.imbalance)
+            if self.max_val_images is not None and len(own) > self.max_val_images:
+                seed = "validation" if name == "val" else name
+                own = own[np.sort(_permutation(len(own), self.split_seed, seed)[: self.max_val_images])]
+            images = _Images(source, own, **settings)
+            if name == "val":
+                self.validation_set = images
+            else:
+                self.test_set = images
         self._ready = True
         self.go_on()
+
+    def _all_of(self, argument: str, train: Source) -> tuple[Source, npt.NDArray[np.int64]]:
+        """All images of a source of its own, which has to have the classes of the training images."""
+        source = self._open(argument)
+        if None not in (train.class_names, source.class_names) and train.class_names != source.class_names:
+            raise ValueError(
+                f"{argument}={getattr(self, argument)!r} has classes {source.class_names}, but source={self.source!r} "
+                f"has {train.class_names}: both need a folder for each class"
+            )
+        return source, np.arange(len(source.labels))
 
     def _check_labels(self, source: Source) -> None:
         classes = self.num_classes
@@ -361,7 +383,8 @@ class ImageDataModule(ResumableDataModule):
         if not self._ready:
             return None
         names = ("image_size", "batch_size", "augmentation", "imbalance", "label_noise", "seed")
-        held_out = {} if self.val_source is not None else {"val_fraction": self.val_fraction}
+        shares = {"val_fraction": self.val_source, "test_fraction": self.test_source}
+        held_out = {name: getattr(self, name) for name, source in shares.items() if source is None}
         return {
             "source": self._open("source").fingerprint,
             **{name: getattr(self, name) for name in names},

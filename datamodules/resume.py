@@ -36,11 +36,11 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class ResumableDataModule(LightningDataModule):
-    """Base of data modules whose two data sets make a whole batch at a time, in `__getitems__`.
+    """Base of data modules whose data sets make a whole batch at a time, in `__getitems__`.
 
-    A subclass makes ``train_set`` and ``validation_set`` in its ``setup``, calls `go_on` at the end of it, and tells in
-    `settings` what its batches depend on. Loading a checkpoint with other settings is an error; with the same, training
-    goes on with the very next batch.
+    A subclass makes ``train_set``, ``validation_set`` and, if asked, ``test_set`` in its ``setup``, calls `go_on` at
+    the end of it, and tells in `settings` what its batches depend on. Loading a checkpoint with other settings is an
+    error; with the same, training goes on with the very next batch.
 
     Args:
         batch_size: Samples per batch and device.
@@ -50,6 +50,7 @@ class ResumableDataModule(LightningDataModule):
 
     train_set: Dataset[Any]
     validation_set: Dataset[Any]
+    test_set: Dataset[Any] | None = None  # where a test was asked for
 
     def __init__(self, *, batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -82,6 +83,11 @@ class ResumableDataModule(LightningDataModule):
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader(self.validation_set)
+
+    def test_dataloader(self) -> ResumableLoader:
+        if self.test_set is None:
+            raise ValueError(f"{type(self).__name__} has no test set; pass test_fraction= or test_source=")
+        return self._loader(self.test_set)
 
     def _loader(self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False) -> ResumableLoader:
         return ResumableLoader(

@@ -126,8 +126,10 @@ class TextDataModule(ResumableDataModule):
         vocab_size: Of the BPE, special tokens included; None is 8192.
         sequence_length: Tokens per sequence, T, at least 8.
         batch_size: Sequences per batch and device.
-        val_fraction: Expected share of the documents that is held out, in (0, 1).
-        max_val_sequences: Validate on a fixed random choice of so many sequences; None validates on all.
+        val_fraction: Expected share of the documents that is held out for validation, in (0, 1).
+        test_fraction: Expected share of the documents that is held out for a test, on which nothing is chosen; 0 makes
+            no test set.
+        max_val_sequences: Validate, and test, on a fixed random choice of so many sequences; None takes all.
         mask_rate: Share of the positions to predict, in [0, 1); BERT's is 0.15. 0 leaves the text as it is, for
             causal models.
         seed: Of the training data's order and masks.
@@ -156,6 +158,7 @@ class TextDataModule(ResumableDataModule):
         sequence_length: int = 64,
         batch_size: int = 32,
         val_fraction: float = 0.05,
+        test_fraction: float = 0.0,
         max_val_sequences: int | None = 2048,
         mask_rate: float = 0.15,
         seed: int = 0,
@@ -173,6 +176,8 @@ class TextDataModule(ResumableDataModule):
         check_at_least(sequence_length=(sequence_length, 8), max_val_sequences=(max_val_sequences, 1))
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: must lie between 0 and 1, such as 0.05")
+        if not 0 <= test_fraction < 1 - val_fraction:
+            raise ValueError(f"test_fraction={test_fraction}: must lie in [0, 1 - val_fraction), such as 0.05")
         if not 0 <= mask_rate < 1:
             raise ValueError(f"mask_rate={mask_rate}: must be at least 0 (no masking) and below 1, such as 0.15")
 
@@ -181,13 +186,15 @@ class TextDataModule(ResumableDataModule):
         self.vocab_size = vocab_size or (8192 if tokenizer == "bpe" else 256 + len(_SPECIAL))
         self.sequence_length = sequence_length
         self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
         self.max_val_sequences = max_val_sequences
         self.mask_rate = mask_rate
         self.split_seed = split_seed
         self.cache_dir = cache_folder(cache_dir)
         self.train_set: _Sequences
         self.validation_set: _Sequences
-        self._files: dict[str, Path] | None = None  # train, validation and, for a BPE, tokenizer
+        self.test_set: _Sequences | None = None
+        self._files: dict[str, Path] | None = None  # train, validation, test if there is one, tokenizer of a BPE
         self._corpus_hash = ""
 
     @property
@@ -222,6 +229,9 @@ class TextDataModule(ResumableDataModule):
         self._corpus_hash = digest("".join(documents).encode())
         settings: list[Any] = [_FORMAT, self._corpus_hash, self.split_seed, self.val_fraction, self.tokenizer]
         names = ["train", "validation"]
+        if self.test_fraction:
+            settings.append({"test_fraction": self.test_fraction})
+            names.append("test")
         if self.tokenizer == "bpe":
             settings += [self.vocab_size, importlib.metadata.version("tokenizers")]
             names.append("tokenizer")
@@ -233,13 +243,15 @@ class TextDataModule(ResumableDataModule):
 
     def _tokenize(self, documents: dict[str, bytes]) -> dict[str, bytes]:
         """Split and encode the documents; file contents by name."""
-        train, validation = split_documents(documents, self.val_fraction, self.split_seed)
+        train, validation, test = split_documents(documents, self.val_fraction, self.split_seed, self.test_fraction)
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         contents: dict[str, bytes] = {}
         if self.tokenizer == "bpe":
             contents["tokenizer"] = train_bpe(train.values(), self.vocab_size - len(_SPECIAL)).encode()
             encode = partial(encode_all, load_tokenizer(contents["tokenizer"]))
-        for name, texts in (("train", train.values()), ("validation", validation.values())):
+        for name, texts in (("train", train.values()), ("validation", validation.values()), ("test", test.values())):
+            if name == "test" and not self.test_fraction:
+                continue
             ids = encode(texts) if self.tokenizer == "bpe" else (np.frombuffer(text, np.uint8) for text in texts)
             contents[name] = npy(join(ids, self.separator_id, dtype))
         return contents
@@ -260,10 +272,14 @@ class TextDataModule(ResumableDataModule):
         self.train_set = _Sequences(
             self._files["train"], self.sequence_length, mask=masks[0], epochwise=True, sized=True
         )
-        self.validation_set = _Sequences(self._files["validation"], self.sequence_length, mask=masks[1])
+        held_out = {"validation": _Sequences(self._files["validation"], self.sequence_length, mask=masks[1])}
+        self.validation_set = held_out["validation"]
+        if self.test_fraction:
+            held_out["test"] = self.test_set = _Sequences(self._files["test"], self.sequence_length, mask=masks[1])
         for name, found, needed, advice in (
             ("training", self.train_set, self.batch_size, "batch_size"),
             ("validation", self.validation_set, 1, "sequence_length, raise val_fraction"),
+            *([("test", self.test_set, 1, "sequence_length, raise test_fraction")] if self.test_set else []),
         ):
             if len(found) < needed:
                 tokens = len(np.load(found.path, mmap_mode="r"))
@@ -272,10 +288,11 @@ class TextDataModule(ResumableDataModule):
                     f"sequence_length={self.sequence_length}, but at least {needed} are needed "
                     f"({needed * self.sequence_length} tokens): give more text or lower {advice}"
                 )
-        if self.max_val_sequences is not None and len(self.validation_set) > self.max_val_sequences:
-            chooser = torch.Generator().manual_seed(derive_seed(self.split_seed, "validation"))
-            order = torch.randperm(len(self.validation_set), generator=chooser)
-            self.validation_set.rows = order[: self.max_val_sequences].sort().values.numpy()
+        for name, sequences in held_out.items():
+            if self.max_val_sequences is not None and len(sequences) > self.max_val_sequences:
+                chooser = torch.Generator().manual_seed(derive_seed(self.split_seed, name))
+                order = torch.randperm(len(sequences), generator=chooser)
+                sequences.rows = order[: self.max_val_sequences].sort().values.numpy()
         self.__dict__.pop("unigram_entropy", None)
         self.go_on()
 
@@ -327,7 +344,8 @@ class TextDataModule(ResumableDataModule):
         if self._files is None:
             return None
         vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"
-        names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "mask_rate", "seed", "split_seed")
+        names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "test_fraction", "mask_rate")
+        names = (*names, "seed", "split_seed")
         return {
             "corpus": self._corpus_hash,
             "tokenizer": vocabulary,

@@ -244,6 +244,9 @@ class RecipeCLI(LightningCLI):
             ledger.curve and ledger.curve[-1]["step"] == self.trainer.global_step
         ):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if getattr(self.datamodule, "test_set", None) is not None and self.trainer.limit_test_batches:
+            [tested] = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.meter.extra["test"] = tested
         self.meter.write(self.trainer, self.model)
         return self.meter.record(self.trainer, self.model)
 

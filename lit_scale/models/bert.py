@@ -127,14 +127,14 @@ class BertMLM(Scheduled):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss (nats), masked accuracy and perplexity, accumulated over the whole validation set."""
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> None:
+        """Loss (nats), masked accuracy and perplexity, accumulated over the whole split."""
         labels = batch["labels"]
         logits = self(batch["input_ids"], batch["positions"])
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         self.val_loss.update(loss, weight=labels.numel())
         self.val_accuracy.update(logits.flatten(0, 1), labels.flatten())
         self.val_perplexity.update(logits, labels)
-        self.log("val/loss", self.val_loss, prog_bar=True)
-        self.log("val/accuracy", self.val_accuracy)
-        self.log("val/perplexity", self.val_perplexity)
+        self.log(f"{split}/loss", self.val_loss, prog_bar=True)
+        self.log(f"{split}/accuracy", self.val_accuracy)
+        self.log(f"{split}/perplexity", self.val_perplexity)

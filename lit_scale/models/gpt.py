@@ -117,11 +117,11 @@ class GPT(Scheduled):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss (nats per token) and perplexity, accumulated over the whole validation set."""
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> None:
+        """Loss (nats per token) and perplexity, accumulated over the whole split."""
         logits, labels = self._predict(batch)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         self.val_loss.update(loss, weight=labels.numel())
         self.val_perplexity.update(logits, labels)
-        self.log("val/loss", self.val_loss, prog_bar=True)
-        self.log("val/perplexity", self.val_perplexity)
+        self.log(f"{split}/loss", self.val_loss, prog_bar=True)
+        self.log(f"{split}/perplexity", self.val_perplexity)

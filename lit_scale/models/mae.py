@@ -217,12 +217,12 @@ class MaskedAutoencoder(Scheduled):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss over the whole validation set, with masks that are always the same."""
+    def evaluation_step(self, batch: Any, batch_idx: int, split: str) -> None:
+        """Loss over the whole split, with masks that are always the same."""
         place = batch_idx * self.trainer.world_size + self.global_rank
         losses = self.per_sample_loss(batch, torch.Generator(self.device).manual_seed(place))
         self.val_loss.update(losses)
-        self.log("val/loss", self.val_loss, prog_bar=True, batch_size=len(losses))
+        self.log(f"{split}/loss", self.val_loss, prog_bar=True, batch_size=len(losses))
 
     def get_extra_state(self) -> Tensor:
         """Where the mask token joined; weights trained one way do not restore pixels the other way."""

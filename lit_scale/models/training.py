@@ -61,6 +61,18 @@ class Scheduled(LightningModule):
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(progress(self.trainer), own["warmup"]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def evaluation_step(self, batch: Any, batch_idx: int, split: str) -> None:
+        """Update and log the metrics of a held-out split, as ``val/loss`` or ``test/loss``; a subclass says which."""
+        raise TypeError(f"{type(self).__name__} does not say how it is evaluated; define evaluation_step")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The metrics of the validation split."""
+        self.evaluation_step(batch, batch_idx, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The same metrics of the test split, on which nothing is chosen."""
+        self.evaluation_step(batch, batch_idx, "test")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on without a technique that the checkpoint was trained with, or with another optimizer."""
         if self._trainer is None:

@@ -129,15 +129,15 @@ class ViTClassifier(Scheduled):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Cross-entropy (nats, without label smoothing) and accuracy over the whole validation set."""
+    def evaluation_step(self, batch: Batch, batch_idx: int, split: str) -> None:
+        """Cross-entropy (nats, without label smoothing) and accuracy over the whole split."""
         self._check(batch, batch_idx)
         images, labels = batch
         logits = self(images)
         self.val_loss.update(F.cross_entropy(logits, labels), weight=labels.numel())
         self.val_accuracy.update(logits, labels)
-        self.log("val/loss", self.val_loss, prog_bar=True)
-        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+        self.log(f"{split}/loss", self.val_loss, prog_bar=True)
+        self.log(f"{split}/accuracy", self.val_accuracy, prog_bar=True)
 
     def _check(self, batch: Any, batch_idx: int) -> None:
         """Refuse what is no pair, or has other classes; on a device only at first, for looking waits for it."""

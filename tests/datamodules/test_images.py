@@ -245,6 +245,18 @@ def test_held_out_images_are_a_function_of_the_split_seed(build: Build, pattern:
         assert min(len(tiny.train_set), len(tiny.validation_set)) == 1
 
 
+def test_test_images_are_held_out_from_training_alone(build: Build, pattern: str) -> None:
+    data, without = build(val_fraction=0.1, test_fraction=0.2), build(val_fraction=0.1)
+    rows = [split.rows for split in (data.train_set, data.validation_set, data.test_set)]
+    assert np.array_equal(np.sort(np.concatenate(rows)), np.arange(len(data.train_set.source.labels)))
+    assert np.array_equal(data.validation_set.rows, without.validation_set.rows)
+    assert len(data.test_set) == round(0.2 * len(data.train_set.source.labels))
+    assert without.test_set is None
+    own = build(test_source=pattern)
+    assert len(own.test_set) == len(own.test_set.source.labels)
+    assert sum(len(labels) for _, labels in own.test_dataloader()) == len(own.test_set)
+
+
 def test_chance_is_the_largest_class_of_validation(build: Build, tmp_path: Path) -> None:
     labels = [0, 1, 1, 2, 2, 2, 2, 0]
     held_out = [(image, label) for (image, _), label in zip(pictures(8), labels, strict=True)]

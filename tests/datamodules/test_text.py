@@ -110,7 +110,7 @@ def documents_of(number: int) -> dict[str, bytes]:
 
 def test_split_is_by_document() -> None:
     documents = documents_of(4000)
-    train, validation = split_documents(documents, 0.05, seed=0)
+    train, validation, _ = split_documents(documents, 0.05, seed=0)
     assert train | validation == documents
     assert not train.keys() & validation.keys()
     assert abs(len(validation) - 200) < 5 * math.sqrt(4000 * 0.05 * 0.95)
@@ -123,14 +123,40 @@ def test_split_is_by_document() -> None:
 @pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
 def test_split_leaves_no_side_empty(val_fraction: float) -> None:
     for number in (2, 3, 10):
-        train, validation = split_documents(documents_of(number), val_fraction, seed=0)
+        train, validation, _ = split_documents(documents_of(number), val_fraction, seed=0)
         assert min(len(train), len(validation)) == 1
         assert len(train) + len(validation) == number
 
 
+@pytest.mark.parametrize("number", [3, 10, 4000])
+def test_a_test_split_takes_documents_from_training_alone(number: int) -> None:
+    documents = documents_of(number)
+    train, validation, test = split_documents(documents, 0.05, seed=0, test_fraction=0.1)
+    assert train | validation | test == documents
+    assert len(train) + len(validation) + len(test) == number
+    assert min(len(train), len(validation), len(test)) > 0
+    assert validation == split_documents(documents, 0.05, seed=0)[1]
+
+
+def test_the_test_set_holds_documents_of_no_other_split(build: Build, tiny_corpus: Path) -> None:
+    data, without = build(test_fraction=0.2, sequence_length=8), build(sequence_length=8)
+    held_out = split_documents(read_documents(str(tiny_corpus)), 0.05, 0, 0.2)[2]
+    expected = b"".join(text + bytes([0]) for text in held_out.values())
+    tokens = data.test_set.tokens.ravel()
+    assert bytes(0 if token == data.separator_id else token for token in tokens) == expected[: len(tokens)]
+    assert len(expected) - len(tokens) < 8
+    assert sum(len(batch["input_ids"]) for batch in data.test_dataloader()) == len(data.test_set)
+    assert without.test_set is None
+    assert np.array_equal(data.validation_set.tokens, without.validation_set.tokens)
+    with pytest.raises(ValueError, match="test_fraction="):
+        without.test_dataloader()
+    with pytest.raises(ValueError, match=r"test_fraction=0\.96"):
+        build(test_fraction=0.96)
+
+
 def test_one_long_document_is_cut_at_line_ends() -> None:
     content = "".join(f"line {index}, {'x' * (index % 50)}\n" for index in range(3000)).encode()
-    train, validation = split_documents({"only": content}, 0.1, seed=0)
+    train, validation, _ = split_documents({"only": content}, 0.1, seed=0)
     pieces = [*train.values(), *validation.values()]
     assert 80 < len(pieces) <= 101
     assert all(piece.endswith(b"\n") and piece in content for piece in pieces)
