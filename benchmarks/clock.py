@@ -1,0 +1,305 @@
+"""The clock: what each technique saves, against the same network, the best plain network of any size, and its control.
+
+    python benchmarks/clock.py plain text_mlm               # the plain runs of a task: prices, rates, ladder, envelope
+    python benchmarks/clock.py technique token_dropping.text_mlm
+    python benchmarks/clock.py all                          # everything that is not there yet
+    python benchmarks/clock.py list                         # what is there, and what is missing
+
+Runs are stored one by one in benchmarks/results; what was interrupted goes on where it stopped. Rates, sizes and
+variants are chosen on the validation split with seeds from 1,000 on; reported are seeds 1 to 5 on the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from analysis import analyse, envelope_size, price_of  # noqa: E402
+from entries import ENTRIES, Entry  # noqa: E402
+from runs import Run, Runner, steps_of  # noqa: E402
+from store import Store  # noqa: E402
+from tasks import TASKS, Task  # noqa: E402
+
+TUNING_SEED = 1_000  # and beyond: none of those that are reported
+CLOSE = 1.06  # a size whose loss is this far above the best one's is not followed to budgets that suit it even less
+
+
+class Sweep:
+    """The runs of a task, of plain networks and of techniques, made or found.
+
+    Args:
+        task: The task.
+        runner: Who makes them.
+        results: Folder of the files of results.
+    """
+
+    def __init__(self, task: Task, runner: Runner, results: Path) -> None:
+        self.task, self.runner, self.results = task, runner, results
+        self.plain = Store(results / f"{task.name}.plain.json")
+        self.began = time.monotonic()
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def plain_run(self, size: str, budget: float, lr: float, seed: int, flags: tuple[str, ...] = ()) -> Run:
+        """Of a network of the ladder, for a budget in steps of the unit."""
+        steps = steps_of(budget, price_of(self.plain, size))
+        return Run(self.task, size, steps, lr, seed, self.task.recipe, None, flags)
+
+    def made(self, store: Store, runs: Iterable[Run]) -> list[dict[str, Any]]:
+        """Entries of these runs, in their order."""
+        runs = list(dict.fromkeys(runs))
+        missing = [run for run in runs if store.find(run) is None]
+        self.runner.make_all(missing, store.add)
+        found = [store.find(run) for run in runs]
+        assert all(found)
+        return [entry for entry in found if entry is not None]
+
+    def loss(self, entry: dict[str, Any], split: str = "val") -> float:
+        """What is compared."""
+        return float(entry[split][self.task.metric])
+
+    def tuned(self, store: Store, run: Run, rates: Sequence[float]) -> tuple[float, int]:
+        """The rate with the least validation loss, and how many were tried.
+
+        Where the best is the lowest or the highest that was tried, the next beyond it is tried too.
+        """
+        tried: dict[float, float] = {}
+        todo = list(rates)
+        while todo:
+            runs = [replace(run, lr=lr, seed=TUNING_SEED) for lr in todo]
+            tried |= {one.lr: self.loss(entry) for one, entry in zip(runs, self.made(store, runs), strict=True)}
+            known = sorted(tried)
+            best = min(known, key=lambda lr: tried[lr])
+            step = known[1] / known[0] if len(known) > 1 else 2.0
+            beyond = {known[0]: best / step, known[-1]: best * step}.get(best)
+            todo = [] if beyond is None or len(known) == 1 else [float(f"{beyond:.3g}")]
+        return min(tried, key=lambda lr: tried[lr]), len(tried)
+
+    # -- plain networks -----------------------------------------------------------------------------------------------
+
+    def prices(self) -> None:
+        """Measure what a step of each size costs, once: budgets are told in them."""
+        if "prices" in self.plain.data and set(self.plain.data["prices"]["sizes"]) == set(self.task.sizes):
+            return
+        import json
+        import subprocess
+
+        command = [sys.executable, str(ROOT / "benchmarks" / "prices.py"), self.task.name, str(self.runner.cores[0])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        printed = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        self.plain.data["prices"] = json.loads(printed.stdout.splitlines()[-1])
+        self.plain.data["task"] = self.task.name
+        self.plain.save()
+
+    def make_plain(self) -> None:
+        """Tune each size, look along the ladder with one seed, and give the points that matter five."""
+        task, store = self.task, self.plain
+        self.prices()
+        budgets = {size: task.trained[1] if size == task.trained[0] else task.headline for size in task.sizes}
+        rates = {
+            size: self.tuned(store, self.plain_run(size, budget, task.rates[0], TUNING_SEED), task.rates)[0]
+            for size, budget in budgets.items()
+        }
+        store.data["rates"] = rates
+        at_headline = {
+            size: self.loss(self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED)])[0])
+            for size in task.sizes
+        }
+        best = min(at_headline, key=lambda size: at_headline[size])
+        order = sorted(task.sizes, key=lambda size: price_of(store, size))
+
+        def worth(size: str, budget: int) -> bool:
+            close = at_headline[size] <= CLOSE * at_headline[best]
+            larger = order.index(size) - order.index(best)
+            return close or (larger > 0 and budget > task.headline) or (larger < 0 and budget < task.headline)
+
+        scan = [(size, budget) for budget in task.budgets for size in task.sizes if worth(size, budget)]
+        runs = [self.plain_run(size, budget, rates[size], task.seeds[0]) for size, budget in scan]
+        losses = dict(zip(scan, map(self.loss, self.made(store, runs)), strict=True))
+        around = [budget for budget in task.budgets if task.headline / 2.2 <= budget <= task.headline * 2.2]
+        points = {min((key for key in scan if key[1] == budget), key=lambda key: losses[key]) for budget in around}
+        center = next(size for size, budget in points if budget == task.headline)
+        points |= {(center, budget) for budget in around}
+        size, trained = task.trained
+        points |= {(size, budget) for budget in task.budgets if trained / 2.2 <= budget <= trained * 2.2}
+        self.made(
+            store,
+            [self.plain_run(size, budget, rates[size], seed) for size, budget in sorted(points) for seed in task.seeds],
+        )
+        for batch in task.batches:  # the batch size is part of the tuned baseline
+            self.tuned(store, self.other_batch(center, rates[center], batch), [rates[center] / 2**0.5, rates[center]])
+        store.save()
+
+    def other_batch(self, size: str, lr: float, batch: int) -> Run:
+        """A plain run of another batch size with as many samples: about the same cost."""
+        own = next(int(flag.partition("=")[2]) for flag in self.task.flags if flag.startswith("--data.batch_size="))
+        run = self.plain_run(size, self.task.headline * own / batch, lr, TUNING_SEED)
+        return replace(run, flags=(f"--data.batch_size={batch}",))
+
+    # -- techniques ---------------------------------------------------------------------------------------------------
+
+    def make_technique(self, entry: Entry) -> None:
+        """Tune it, give it five seeds on both networks, make its control, and pair it with plain runs for wall time."""
+        task = self.task
+        store = Store(self.results / f"{entry.name}.json")
+        store.data |= {"technique": entry.technique, "recipe": entry.recipe, "task": task.name, "kind": entry.kind}
+        headline = "trained" if task.judged_on == "trained" else "envelope"
+        networks = {"envelope": (envelope_size(self.plain, task), task.headline), "trained": task.trained}
+        networks = {
+            name: (size, budget)
+            for name, (size, budget) in networks.items()
+            if int(size.partition("x")[0]) >= entry.least_depth
+        }
+        if headline not in networks:
+            headline = next(iter(networks))
+        if len(set(networks.values())) == 1:
+            networks = {headline: networks[headline]}
+        store.data["headline"] = headline
+        store.data["networks"] = {name: list(network) for name, network in networks.items()}
+        for name, (size, budget) in sorted(networks.items(), key=lambda item: item[0] != headline):
+            run = self._technique_run(store, entry, entry.flags, size, budget)
+            own_rate = self.plain.data["rates"][size]
+            lr, tried = self.tuned(store, run, [own_rate / 2, own_rate, own_rate * 2])
+            flags, run = entry.flags, replace(run, lr=lr)
+            if name == headline and entry.variants:
+                losses = {entry.flags: self.loss(self.made(store, [replace(run, seed=TUNING_SEED)])[0])}
+                for variant in entry.variants.values():
+                    other = self._technique_run(store, entry, variant, size, budget, lr)
+                    losses[variant] = self.loss(self.made(store, [replace(other, seed=TUNING_SEED)])[0])
+                flags = min(losses, key=lambda own: losses[own])
+                run = replace(self._technique_run(store, entry, flags, size, budget), lr=lr)
+                tried += len(entry.variants)
+            store.data.setdefault("chosen", {})[name] = {
+                "lr": lr,
+                "flags": list(flags),
+                "steps": run.steps,
+                "settings_tried": tried,
+            }
+            self.made(store, [replace(run, seed=seed) for seed in task.seeds])
+            self._make_control(store, entry, name, size, budget, lr)
+        self.finish(entry, store)
+        self._make_pairs(store, entry, *networks[headline], headline)
+        self.finish(entry, store)
+
+    def _technique_run(
+        self, store: Store, entry: Entry, flags: tuple[str, ...], size: str, budget: float, lr: float | None = None
+    ) -> Run:
+        """A run that costs about the budget; how much its step costs a short run tells first."""
+        rate = self.plain.data["rates"][size] if lr is None else lr
+        price = price_of(self.plain, size)
+        guess = Run(self.task, size, steps_of(budget / 20, price), rate, TUNING_SEED + 1, entry.recipe, flags)
+        pilot = self.made(store, [guess])[0]
+        own_steps = pilot["own_steps"] or guess.steps * entry.relative_cost
+        charged = sum(one["seconds"] for one in pilot["charges"].values()) / (pilot["plain_seconds"] or 1.0)
+        each = max(0.05, (own_steps - charged) / guess.steps)
+        return replace(guess, steps=steps_of(budget, price * each), seed=TUNING_SEED)
+
+    def _make_control(self, store: Store, entry: Entry, name: str, size: str, budget: float, lr: float) -> None:
+        control, task = entry.control, self.task
+        if control.size:
+            other = control.size.get(size)
+            if other is None:
+                return
+            rate = self.plain.data["rates"][other]
+            self.made(self.plain, [self.plain_run(other, budget, rate, seed) for seed in task.seeds])
+            store.data.setdefault("control", {})[name] = {"about": control.about, "size": other}
+            return
+        if control.plain:
+            run = replace(
+                self.plain_run(size, budget, self.plain.data["rates"][size], TUNING_SEED), flags=control.flags
+            )
+            target = self.plain
+        else:
+            run, target = self._technique_run(store, entry, control.flags, size, budget, lr), store
+        self.made(target, [replace(run, seed=seed) for seed in task.seeds])
+        kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "flags": list(control.flags)}
+        store.data.setdefault("control", {})[name] = kept | {"plain": control.plain, "size": size}
+
+    def _make_pairs(self, store: Store, entry: Entry, size: str, budget: float, name: str) -> None:
+        """The technique's runs once more, each at the same time as the plain run of the same seed, for wall time."""
+        chosen = store.data["chosen"][name]
+        beside = f"{entry.technique}{entry.kind and '-'}{entry.kind}"
+        pairs = []
+        for seed in self.task.seeds:
+            plain = replace(self.plain_run(size, budget, self.plain.data["rates"][size], seed), again=beside)
+            own = Run(
+                self.task, size, chosen["steps"], chosen["lr"], seed, entry.recipe, tuple(chosen["flags"]), (), "plain"
+            )
+            if store.find(plain) is None or store.find(own) is None:
+                pairs.append((own, plain))
+        if len(self.runner.cores) > 1:
+            self.runner.make_pairs(pairs, store.add)
+
+    def finish(self, entry: Entry, store: Store) -> None:
+        """What the runs say, stored beside them."""
+        store.data["result"] = analyse(self.task, entry, self.plain, store)
+        store.data["date"] = date.today().isoformat()
+        store.data["command"] = f"python benchmarks/clock.py technique {entry.name}"
+        from lit_scale.cost import hardware, versions
+
+        store.data["hardware"] = hardware() | {"threads": 1}
+        store.data["versions"] = versions()
+        store.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["plain", "technique", "all", "list", "analyse"])
+    parser.add_argument("names", nargs="*", help="tasks, or techniques on tasks as `list` has them")
+    parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0))[:2], help="a run each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "clock", help="where runs in progress are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="files of results")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    known = TASKS if args.what == "plain" else ENTRIES
+    if unknown := [name for name in args.names if name not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    if args.what == "list":
+        listing(args.out)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.nice(10)
+    runner = Runner(args.runs, args.cores, lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True))
+    chosen = args.names or list(known)
+    if args.what in ("plain", "all"):
+        tasks = chosen if args.what == "plain" else list(dict.fromkeys(ENTRIES[name].task for name in chosen))
+        for name in tasks:
+            Sweep(TASKS[name], runner, args.out).make_plain()
+    if args.what in ("technique", "all", "analyse"):
+        for name in chosen:
+            entry = ENTRIES[name]
+            sweep = Sweep(TASKS[entry.task], runner, args.out)
+            if args.what == "analyse":
+                if (args.out / f"{name}.json").exists():
+                    sweep.finish(entry, Store(args.out / f"{name}.json"))
+            else:
+                sweep.make_technique(entry)
+
+
+def listing(folder: Path) -> None:
+    """What is there."""
+    for task in TASKS.values():
+        store = Store(folder / f"{task.name}.plain.json")
+        minutes = sum(entry["wall_seconds"] for entry in store.runs) / 60
+        print(f"{task.name}: {len(store.runs)} plain runs, {minutes:.0f} core minutes")
+        for entry in ENTRIES.values():
+            if entry.task == task.name:
+                own = Store(folder / f"{entry.name}.json")
+                minutes = sum(run["wall_seconds"] for run in own.runs) / 60
+                told = "complete" if own.data.get("result", {}).get("complete") else "not complete"
+                print(f"  {entry.name}: {len(own.runs)} runs, {minutes:.0f} core minutes, {told}")
+
+
+if __name__ == "__main__":
+    main()

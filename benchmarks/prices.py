@@ -1,0 +1,112 @@
+"""What a step of each network of a task costs, in steps of the task's unit: timed in turn, round by round."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import statistics
+import sys
+import time
+from datetime import date
+from typing import Any
+
+from provenance import ROOT
+from tasks import Task
+
+__all__ = ["measure", "model_and_data"]
+
+
+def model_and_data(task: Task, size: str) -> tuple[Any, Any]:
+    """The LightningModule and the data module of a plain run, made by the recipe's own flags."""
+    from lit_scale import cli
+
+    caught: dict[str, Any] = {}
+
+    def catch(model: Any, data: Any, *, technique: Any, defaults: dict[str, Any], **_: Any) -> None:
+        techniques = (technique,) if isinstance(technique, type) else tuple(technique)
+        caught["recipe"] = cli.Recipe("prices", "", [], model, data, techniques, defaults)
+
+    own = cli.run_recipe
+    try:
+        cli.run_recipe = catch  # type: ignore[assignment]
+        runpy.run_path(str(ROOT / "recipes" / f"{task.recipe}.py"), run_name="__main__")
+    finally:
+        cli.run_recipe = own
+    flags = [*task.machine, *task.flags, *task.sizes[size], "--baseline", "--trainer.enable_progress_bar=false"]
+    made = cli.RecipeCLI(caught["recipe"], flags)
+    made.datamodule.prepare_data()
+    made.datamodule.setup("fit")
+    return made.model, made.datamodule
+
+
+def measure(task: Task, rounds: int = 15, core: int | None = None) -> dict[str, Any]:
+    """Relative prices of all sizes, with the standard deviation of their logarithms, and the unit's seconds."""
+    import torch
+    from lit_scale.factors.optimizers import create_optimizer
+    from lit_scale.restoring import unnoticed
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    steps: dict[str, Any] = {}
+    parameters: dict[str, int] = {}
+    waits: dict[str, float] = {}
+    for size in task.sizes:
+        model, data = model_and_data(task, size)
+        loader = iter(data.train_dataloader())
+        batch = next(loader)
+        begun = time.perf_counter()
+        for _ in range(5):
+            next(loader)
+        waits[size] = (time.perf_counter() - begun) / 5
+        own = model.hparams
+        optimizer = create_optimizer(model, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"])
+
+        def step(model: Any = model, batch: Any = batch, optimizer: Any = optimizer) -> None:
+            loss = model.training_step(batch, 0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        steps[size] = (model, step)
+        parameters[size] = sum(parameter.numel() for parameter in model.parameters())
+    wait = statistics.median(waits.values())  # the data are the same for all sizes
+    seconds: dict[str, list[float]] = {size: [] for size in steps}
+    for round_ in range(rounds + 1):
+        for size, (model, step) in steps.items():
+            with unnoticed(model):
+                repeats = 1 if not seconds[size] else max(1, round(0.1 / seconds[size][0]))
+                begun = time.perf_counter()
+                for _ in range(repeats):
+                    step()
+                spent = (time.perf_counter() - begun) / repeats + wait
+            if round_ or not seconds[size]:
+                seconds[size].append(spent)
+    seconds = {size: own[1:] for size, own in seconds.items()}  # the first warms up
+    prices = {}
+    for size, own in seconds.items():
+        import math
+
+        ratios = [math.log(a / b) for a, b in zip(own, seconds[task.unit], strict=True)]
+        spread = 0.0 if size == task.unit else 1.25 * statistics.stdev(ratios) / math.sqrt(len(ratios))
+        prices[size] = {
+            "price": round(math.exp(statistics.median(ratios)), 4),
+            "log_sd": round(spread, 5),
+            "parameters": parameters[size],
+        }
+    return {
+        "unit": task.unit,
+        "unit_seconds": statistics.median(seconds[task.unit]),
+        "sizes": prices,
+        "rounds": rounds,
+        "date": date.today().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    import json
+
+    from tasks import TASKS
+
+    sys.path.insert(0, str(ROOT))
+    print(json.dumps(measure(TASKS[sys.argv[1]], core=int(sys.argv[2]) if len(sys.argv) > 2 else None)))

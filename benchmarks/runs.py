@@ -1,0 +1,262 @@
+"""Training runs of the clock: each a recipe in a process of its own on a core of its own, stored as one entry.
+
+A run is found again by what decides its outcome: its flags, its steps, its seed, and a digest of the code that it
+trains with. An interrupted run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import queue
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from provenance import ROOT, code_digest
+from tasks import Task
+
+__all__ = ["Run", "Runner", "plain_seconds", "steps_of"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        task: Its task.
+        size: A name of the task's ladder.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+        seed: Of weights, order, masks and dropout.
+        recipe: The script; with a technique its own.
+        technique: Flags of the technique's recipe, or None for a plain run.
+        flags: More flags, of either kind of run, behind the task's.
+        again: A plain run that is made once more beside a technique's, for its wall time.
+    """
+
+    task: Task
+    size: str
+    steps: int
+    lr: float
+    seed: int
+    recipe: str
+    technique: tuple[str, ...] | None = None
+    flags: tuple[str, ...] = ()
+    again: str = ""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells it from other runs of its file of results."""
+        key: dict[str, Any] = {"size": self.size, "steps": self.steps, "lr": self.lr, "seed": self.seed}
+        technique = None if self.technique is None else list(self.technique)
+        return key | {"technique": technique, "flags": list(self.flags), "again": self.again}
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        parts = [self.size, str(self.steps), f"lr{self.lr:g}", f"seed{self.seed}"]
+        parts += [flag.removeprefix("--").rpartition(".")[2] for flag in (*(self.technique or ()), *self.flags)]
+        text = "-".join([*parts, *([f"beside-{self.again}"] if self.again else [])])
+        return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)[:200]
+
+    def arguments(self, folder: Path) -> list[str]:
+        """Of the recipe."""
+        return [
+            *self.task.machine,
+            *self.task.flags,
+            *self.task.sizes[self.size],
+            *self.flags,
+            *(["--baseline"] if self.technique is None else self.technique),
+            f"--model.lr={self.lr}",
+            f"--trainer.max_steps={self.steps}",
+            f"--seed_everything={self.seed}",
+            f"--trainer.val_check_interval={self.steps}",
+            "--trainer.check_val_every_n_epoch=null",
+            "--trainer.enable_progress_bar=false",
+            f"--trainer.default_root_dir={folder}",
+        ]
+
+
+def steps_of(budget: float, price: float) -> int:
+    """Steps of a network for a budget, with the price of its step in steps of the unit, rounded to tens.
+
+    >>> steps_of(9_400, 1.86)
+    5050
+    """
+    return max(10, round(budget / price / 10) * 10)
+
+
+def plain_seconds(record: dict[str, Any]) -> float | None:
+    """A run's own seconds of the plain step, the most frequent if it made several; None if it cannot tell."""
+    plain = [kind for kind in record["step_kinds"] if kind["phase"] == "train" and kind["plain"] and kind["update"]]
+    return max(plain, key=lambda kind: kind["count"])["seconds_each"] if plain else None
+
+
+def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, Any]:
+    """What is stored of a run: what it reached, and what it cost in steps of its own plain network."""
+    steps = [kind for kind in record["step_kinds"] if kind["phase"] == "train"]
+    plain = plain_seconds(record)
+    spent = sum(kind["count"] * kind["seconds_each"] for kind in steps)
+    charged = sum(one["seconds"] for one in record["charges"].values())
+    if run.technique is None:
+        own_steps: float | None = float(run.steps)
+    else:  # charges are scaled like the steps: both are seconds of the same run
+        own_steps = (spent + charged) / plain if plain else None
+    extra = {name: record[name] for name in ("linear_probe_accuracy", "sparse_flops") if name in record}
+    return {
+        **run.key,
+        "own_steps": own_steps,
+        "flops": record["flops"],
+        "tokens": sum(kind["count"] * kind["samples"] for kind in steps) * run.task.tokens,
+        "parameters": record["parameters"],
+        "val": {name.removeprefix("val/"): value for name, value in record["metrics"].items()},
+        "test": {name.removeprefix("test/"): value for name, value in record["test"].items()},
+        "wall_seconds": record["wall_seconds"],
+        "cpu_seconds": record["cpu_seconds"],
+        "plain_seconds": plain,
+        "charges": record["charges"],
+        "kinds": len(steps),
+        **extra,
+        "reference": record.get("unigram_entropy") or record.get("chance_accuracy"),
+        "optimizer_state_bytes": record["optimizer_state_bytes"],
+        "core": core,
+        "code": code_digest(run.recipe, run.technique is not None),
+        "date": date.today().isoformat(),
+    }
+
+
+class Runner:
+    """Makes runs, some at a time, each pinned to a core, in processes forked from one that has imported everything.
+
+    Args:
+        folder: Where runs in progress are kept.
+        cores: Numbers of the cores; as many runs at a time.
+        say: Told of each run that has ended.
+    """
+
+    def __init__(self, folder: Path, cores: Sequence[int], say: Callable[[str], None] = print) -> None:
+        self.folder, self.cores, self.say = folder, list(cores), say
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        sys.path[:0] = [path for path in [str(ROOT)] if path not in sys.path]
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["lit_scale.cli", "lit_scale.models", "lit_scale.datamodules", "timm"])
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for core in self.cores:
+            self._free.put(core)
+        self._children: set[Any] = set()
+
+    def make(self, run: Run, core: int | None = None) -> dict[str, Any]:
+        """The entry of a run.
+
+        Raises:
+            RuntimeError: The recipe ended with an error; the message holds the end of its log.
+        """
+        own = core is None
+        if core is None:
+            core = self._free.get()
+        try:
+            record = self._train(run, core)
+        finally:
+            if own:
+                self._free.put(core)
+        entry = entry_of(run, record, core)
+        self.say(
+            f"{run.task.name} {run.name}: test {entry['test'][run.task.metric]:.4f}, {entry['wall_seconds']:.0f} s"
+        )
+        return entry
+
+    def _train(self, run: Run, core: int) -> dict[str, Any]:
+        folder = self.folder / run.task.name / (run.recipe if run.technique is not None else "plain") / run.name
+        result, begun, last = folder / "result.json", folder / "begun.json", folder / "checkpoints" / "last.ckpt"
+        wanted = json.dumps([run.key, code_digest(run.recipe, run.technique is not None)])
+        folder.mkdir(parents=True, exist_ok=True)
+        same = begun.exists() and begun.read_text() == wanted
+        if not (same and result.exists() and "test" in json.loads(result.read_text())):
+            arguments = run.arguments(folder)
+            if same and last.exists():
+                arguments.append(f"--ckpt_path={last}")
+            begun.write_text(wanted)
+            script = ROOT / "recipes" / f"{run.recipe}.py"
+            child = self._context.Process(target=_child, args=(str(script), arguments, core, str(folder / "log.txt")))
+            child.start()
+            self._children.add(child)
+            child.join()
+            self._children.discard(child)
+            if child.exitcode:
+                tail = "\n".join((folder / "log.txt").read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"{run.name} ended with exit code {child.exitcode}:\n{tail}")
+        for checkpoint in folder.rglob("*.ckpt"):
+            checkpoint.unlink()
+        return json.loads(result.read_text())
+
+    def stop(self) -> None:
+        """Let the runs in progress save a checkpoint and end."""
+        for child in list(self._children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
+
+    def make_all(self, runs: Iterable[Run], done: Callable[[Run, dict[str, Any]], None]) -> None:
+        """All of these runs, as many at a time as there are cores, ``done`` called with each entry."""
+        self._all([lambda run=run: [(run, self.make(run))] for run in runs], done, len(self.cores))
+
+    def make_pairs(self, pairs: Iterable[tuple[Run, Run]], done: Callable[[Run, dict[str, Any]], None]) -> None:
+        """Pairs of runs that start at the same time, a core each; which has which core alternates with the seed.
+
+        Raw wall seconds of the two compare: whatever else the machine does, it does it to both.
+        """
+        first, second = self.cores[0], self.cores[-1]
+        if first == second:
+            raise ValueError("a pair of runs needs two cores")
+
+        def pair(one: Run, other: Run) -> list[tuple[Run, dict[str, Any]]]:
+            cores = (first, second) if one.seed % 2 else (second, first)
+            with ThreadPoolExecutor(2) as pool:
+                made = [pool.submit(self.make, run, core) for run, core in zip((one, other), cores, strict=True)]
+                return [(run, future.result()) for run, future in zip((one, other), made, strict=True)]
+
+        self._all([lambda pair_=pair_: pair(*pair_) for pair_ in pairs], done, 1)
+
+    def _all(self, makes: Sequence[Callable[[], list[Any]]], done: Callable[..., None], jobs: int) -> None:
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for future in as_completed([pool.submit(make) for make in makes]):
+                    for run, entry in future.result():
+                        done(run, entry)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
+
+
+def _child(script: str, arguments: list[str], core: int, log: str) -> None:
+    """Run a recipe as if it had been started by hand."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep passes on what it gets
+    os.chdir(ROOT)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None

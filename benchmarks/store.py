@@ -1,0 +1,63 @@
+"""Files of results that grow run by run, so that a sweep goes on where it stopped, on another day too."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from provenance import code_digest
+from runs import Run
+
+__all__ = ["Store"]
+
+
+class Store:
+    """One JSON file: runs, each with its key and the digest of its code, and whatever else belongs to them.
+
+    Args:
+        path: Of the file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        self._lock = threading.Lock()
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """All entries."""
+        return self.data["runs"]
+
+    def entries(self, accept: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+        """Those that fit."""
+        return (entry for entry in self.runs if accept(entry))
+
+    def find(self, run: Run) -> dict[str, Any] | None:
+        """The entry of a run, if it was made with the present code."""
+        code = code_digest(run.recipe, run.technique is not None)
+        key = run.key
+        fits = (entry for entry in self.runs if all(entry[name] == value for name, value in key.items()))
+        return next((entry for entry in fits if entry["code"] == code), None)
+
+    def add(self, run: Run, entry: dict[str, Any]) -> None:
+        """Store an entry in place of one with the same key."""
+        with self._lock:
+            key = run.key
+            self.data["runs"] = [e for e in self.runs if any(e[name] != value for name, value in key.items())] + [entry]
+            self.data["runs"].sort(key=lambda e: json.dumps([e[name] for name in sorted(key)]))
+            self.save()
+
+    def save(self) -> None:
+        """Write the file in one piece, an entry a line."""
+        rest = {name: value for name, value in self.data.items() if name != "runs"}
+        lines = ",\n".join(json.dumps(entry) for entry in self.runs)
+        text = json.dumps(rest, indent=1)[:-2].rstrip()
+        text = text + ("," if len(rest) else "") + f'\n "runs": [\n{lines}\n]}}\n'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text(text)
+        json.loads(text)
+        temporary.replace(self.path)
