@@ -5,8 +5,8 @@ logarithm of cost. The curve of one network answers the papers' question: the sa
 the lower envelope of the curves of all sizes: the best plain network for each cost.
 
 All statements rest on differences between runs of one seed: the technique's loss minus that of the same seed's plain
-runs, interpolated to the cost that is compared. The runs of one seed share their initial weights and their data, so that
-what the seed does to all lengths cancels. The interval is Student's over the seeds; the error of prices that all seeds
+runs, interpolated to the cost that is compared. The runs of one seed share their initial weights and data, so that what
+the seed does to all lengths cancels. The interval is Student's over the seeds; the error of prices that all seeds
 share is added in quadrature.
 """
 
@@ -133,8 +133,8 @@ def saving(technique: Mapping[int, tuple[float, float]], plain: Curve, *, price_
     """The share of the plain runs' cost that a technique saves on the way to its loss; negative if it costs more.
 
     With c the cost at which the plain mean reaches the technique's mean loss, and s the slope there, each seed's own
-    plain runs reach its loss at log c + d / s, where d is how much more the technique's loss deviates from its mean than
-    the plain loss at c does from its own. The saving is 1 - cost / exp of that, averaged over seeds as logarithms.
+    plain runs reach its loss at log c + d / s, where d is how much more the technique's loss deviates from its mean
+    than the plain loss at c does from its own. The saving is 1 - cost / exp of that, averaged over seeds as logarithms.
 
     Args:
         technique: (cost, loss) of each seed.

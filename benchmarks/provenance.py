@@ -41,7 +41,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of lit_scale that a file imports; a name that a package re-exports counts as the module that defines it."""
+    """Modules of lit_scale that a file imports; a name that a package re-exports stands for the module it is from."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.startswith("lit_scale"))

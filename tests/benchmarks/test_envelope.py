@@ -50,7 +50,7 @@ def test_intervals_cover_the_truth(true_saving: float, seed_sd: float, run_sd: f
     for _ in range(draws):
         technique, plain = simulated(rng, true_saving, seed_sd, run_sd)
         one, other = saving(technique, plain), loss_difference(technique, plain)
-        assert one.low is not None and other.low is not None
+        assert None not in (one.low, other.low)
         covered["saving"] += one.low <= truth <= one.high
         covered["loss"] += other.low <= difference <= other.high
     assert covered["saving"] >= 0.93 * draws
@@ -58,7 +58,7 @@ def test_intervals_cover_the_truth(true_saving: float, seed_sd: float, run_sd: f
 
 
 def test_intervals_of_a_bootstrap_would_not_cover() -> None:
-    """The negative control: percentiles of resampled means, as the first edition took them, miss the truth too often."""
+    """The negative control: percentiles of resampled means, as in the first edition, miss the truth too often."""
     rng, missed = np.random.default_rng(2), 0
     for _ in range(400):
         values = rng.normal(0, 1, 5)
@@ -87,14 +87,14 @@ def test_saving_of_what_is_known_exactly() -> None:
 
 
 def test_nothing_is_extrapolated() -> None:
-    curve = Curve((100.0, 400.0), {s: (3.0, 2.0) for s in SEEDS}, ("a", "a"))
-    better = saving({s: (200.0, 1.9) for s in SEEDS}, curve)
+    curve = Curve((100.0, 400.0), dict.fromkeys(SEEDS, (3.0, 2.0)), ("a", "a"))
+    better = saving(dict.fromkeys(SEEDS, (200.0, 1.9)), curve)
     assert better.estimate is None
     assert "at least 50% saved" in better.reason
-    worse = saving({s: (200.0, 3.1) for s in SEEDS}, curve)
+    worse = saving(dict.fromkeys(SEEDS, (200.0, 3.1)), curve)
     assert worse.estimate is None
     assert "worse than the shortest" in worse.reason
-    beyond = loss_difference({s: (900.0, 2.0) for s in SEEDS}, curve)
+    beyond = loss_difference(dict.fromkeys(SEEDS, (900.0, 2.0)), curve)
     assert beyond.estimate is None
     assert "900" in beyond.reason
     assert saving({1: (200.0, 2.5)}, curve).estimate is None
