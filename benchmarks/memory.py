@@ -36,8 +36,8 @@ from savings import ROOT, Run, Sweep
 from throughput import Clock, interval, ratio
 
 from lit_scale.cost import hardware, resident_peak, versions, write_json
+from lit_scale.factors.optimizers import create_optimizer, state_bytes
 from lit_scale.models import GPT
-from lit_scale.optimizers import create_optimizer, state_bytes
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "gpt_8bit_adamw"

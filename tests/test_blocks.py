@@ -11,7 +11,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from lit_scale.blocks import BlockList, BlockStack, find_blocks
+from lit_scale.factors.blocks import BlockList, BlockStack, find_blocks
 from tests.foreign_models import CLASSES, DEPTH, FOREIGN, LENGTH, VOCABULARY, WIDTH, build
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

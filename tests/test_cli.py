@@ -19,11 +19,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
 from lit_scale.callbacks import ProgressiveStacking
-from lit_scale.cli import Recipe, RecipeCLI, _python, _validation_times, run_recipe
+from lit_scale.cli import Recipe, RecipeCLI, run_recipe
+from lit_scale.cli.flags import _validation_times
+from lit_scale.cli.folder import set_aside
+from lit_scale.cli.recipe import _python
+from lit_scale.cli.report import amount, comparison_table, priced_alike, saving_line, seconds, stage_table
 from lit_scale.datamodules import TextDataModule
 from lit_scale.models import BertMLM
-from lit_scale.report import amount, comparison_table, priced_alike, saving_line, seconds, stage_table
-from lit_scale.run_folder import set_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 

@@ -28,9 +28,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.cost import CostMeter, charge, charge_run, hardware, versions, write_json
+from lit_scale.cost.ledger import Ledger
 from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
-from lit_scale.ledger import Ledger
 from lit_scale.models import BertMLM
 
 pytestmark = pytest.mark.filterwarnings(
@@ -389,7 +389,7 @@ def test_a_compiled_run_with_the_meter_is_the_run_without_it(tmp_path, backend):
 def test_the_comparison_sees_a_replay_that_leaves_traces(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
-    monkeypatch.setattr("lit_scale.cost.undone", lambda *_: nullcontext())
+    monkeypatch.setattr("lit_scale.cost.meter.undone", lambda *_: nullcontext())
     without, with_meter, _ = both(tmp_path, Bert, texts, max_epochs=2)
     with pytest.raises(AssertionError):
         assert_same(without, with_meter)
@@ -561,7 +561,7 @@ def both_warning(tmp_path: Path, make: Any) -> tuple[Any, Any, CostMeter]:
 
 
 def test_copies_that_do_not_fit_into_memory_are_not_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_scale.replay._free_memory", lambda: 1000)
+    monkeypatch.setattr("lit_scale.restoring._free_memory", lambda: 1000)
     with pytest.warns(UserWarning, match="copies of weights and optimizer need"):
         record = fit(tmp_path, Bert(), texts(), max_steps=5)
     assert {shape["price"] for shape in record["shapes"]} == {"run"}
@@ -587,7 +587,7 @@ def test_manual_optimization_is_counted_and_priced_from_the_run(tmp_path):
 
 
 def test_many_shapes_keep_the_replay_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_scale.cost._REPLAYED", 2)
+    monkeypatch.setattr("lit_scale.cost.meter._REPLAYED", 2)
     record = fit(tmp_path, Bert(), texts(16, lengths=(4, 5, 6, 7)), max_epochs=2, repeats=1)
     assert [shape["price"] for shape in train_shapes(record)] == ["replay", "replay", "run", "run"]
 

@@ -10,10 +10,10 @@ from timm.optim import Lamb, Lion
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import lit_scale.eight_bit
-from lit_scale.eight_bit import EIGHT_BIT, make_eight_bit, to_eight_bit
+import lit_scale.factors.eight_bit
+from lit_scale.factors.eight_bit import EIGHT_BIT, make_eight_bit, to_eight_bit
+from lit_scale.factors.optimizers import create_optimizer, state_bytes, transfer_state
 from lit_scale.models import GPT
-from lit_scale.optimizers import create_optimizer, state_bytes, transfer_state
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -271,7 +271,7 @@ def test_a_device_without_an_8_bit_update_is_one_clear_error(monkeypatch: pytest
     def missing(name: str) -> Any:
         raise ImportError("No module named 'bitsandbytes'")
 
-    monkeypatch.setattr(lit_scale.eight_bit, "_kind", missing)
+    monkeypatch.setattr(lit_scale.factors.eight_bit, "_kind", missing)
     with pytest.raises(ValueError, match=message):
         make_eight_bit("lion8bit", [{"params": list(nn.Linear(64, 64).parameters())}], lr=1e-3)
 

@@ -10,8 +10,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_scale.eight_bit import EIGHT_BIT
-from lit_scale.optimizers import create_optimizer, replace_optimizers, scale_rates, transfer_state
+from lit_scale.factors.eight_bit import EIGHT_BIT
+from lit_scale.factors.optimizers import create_optimizer, replace_optimizers, scale_rates, transfer_state
 from tests.foreign_models import FOREIGN, OPTIMIZERS, MakeOptimizer, PlainTorch, build, loader
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from lit_scale.batches import count_samples, take_samples
 from lit_scale.callbacks import ImportanceSampling, RhoLoss, SelectiveBackprop
-from lit_scale.samples import count_samples, take_samples
-from lit_scale.scores import check_outputs, output_gradients, sample_losses, watch_outputs
+from lit_scale.factors.scores import check_outputs, output_gradients, sample_losses, watch_outputs
 from tests.foreign_models import CLASSES, FOREIGN, PlainTorch, build, loader, quiet_trainer
 from tests.image_models import tiny_mae
 

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lit_scale.steps import batches_after, check_epoch, micro_batches, plan_windows, steps_after
+from lit_scale.factors.steps import check_epoch, micro_batches, plan_windows
+from lit_scale.progress import batches_after, steps_after
 
 
 def walked(starts: list[float], sizes: list[int], max_steps: int, batches: float) -> list[tuple[int, int]]:

@@ -21,7 +21,8 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
-from lit_scale.technique import Technique, check_techniques, progress, progress_after
+from lit_scale.progress import progress, progress_after
+from lit_scale.technique import Technique, check_techniques
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -10,9 +10,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from lit_scale.blocks import BlockStack, find_blocks
+from lit_scale.factors.blocks import BlockStack, find_blocks
+from lit_scale.factors.tokens import TokenSpan, highest, late_span, mark_late, random_scores, release_tokens
 from lit_scale.nn import Encoder
-from lit_scale.tokens import TokenSpan, highest, late_span, mark_late, random_scores, release_tokens
 from tests.foreign_models import LENGTH, VOCABULARY, WIDTH, build
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_scale.blocks import find_blocks
-from lit_scale.units import UnitGroup, find_units
-from lit_scale.weights import (
+from lit_scale.factors.blocks import find_blocks
+from lit_scale.factors.units import UnitGroup, find_units
+from lit_scale.factors.weights import (
     Cells,
     WeightMasks,
     erk_densities,

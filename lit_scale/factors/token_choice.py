@@ -16,9 +16,9 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_scale.blocks import BlockStack
-from lit_scale.datamodules.loader import derive_seed
-from lit_scale.tokens import TokenSpan, highest, random_scores
+from lit_scale.factors.blocks import BlockStack
+from lit_scale.factors.tokens import TokenSpan, highest, random_scores
+from lit_scale.seeds import derive_seed
 from lit_scale.wrapping import wrap
 
 __all__ = ["CHOICES", "TokenChoice", "growing_share", "running_loss"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_scale.blocks import BlockStack
+from lit_scale.factors.blocks import BlockStack
 
 __all__ = [
     "TokenSpan",

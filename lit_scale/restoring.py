@@ -1,11 +1,10 @@
-"""Steps that leave no trace: repeated to be timed, or run once more to count the FLOPs of compiled code."""
+"""Putting a module or a run back, bit for bit: what is done inside leaves no trace."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
-__all__ = ["flops_of", "is_compiled", "replay_step", "undone", "unnoticed"]
+__all__ = ["undone", "unnoticed", "unseen"]
 
 _LOGS = {"log", "log_dict"}  # of LightningModule, which refuse to work outside of the loop
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether some part of a network went through ``torch.compile`` or ``Module.compile``."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:  # not even imported
-        return False
-    return any(isinstance(m, dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules())
-
-
-def replay_step(trainer: Trainer, pl_module: LightningModule, batch: Any, update: bool) -> None:
-    """One training step as Lightning's automatic optimization does it, outside of the loop.
-
-    Args:
-        trainer: The Trainer, whose strategy and precision do the work.
-        pl_module: Its module.
-        batch: The batch, on the device.
-        update: Whether the optimizer steps, or gradients only accumulate.
-    """
-    optimizer = trainer.optimizers[0]
-
-    def closure() -> Tensor:
-        output: Any = trainer.strategy.training_step(*_arguments(pl_module.training_step, batch))
-        loss: Tensor = (output["loss"] if isinstance(output, dict) else output) / trainer.accumulate_grad_batches
-        optimizer.zero_grad()
-        trainer.strategy.backward(loss, optimizer)
-        return loss
-
-    if update:
-        trainer.strategy.optimizer_step(optimizer, closure, pl_module)
-    else:
-        closure()
-
-
-def flops_of(trainer: Trainer, pl_module: LightningModule, batch: Any, kind: str) -> int:
-    """FLOPs of a step in a network whose compiled parts hide them: forward, and backward in training, once more.
-
-    The extra pass is eager, leaves gradients alone and never talks to other ranks. What the optimizer multiplies is
-    not in it.
-    """
-    training = kind == "train"
-    step: Any = pl_module.training_step if training else pl_module.validation_step
-    precision = trainer.precision_plugin
-    with ExitStack() as stack:
-        stack.enter_context(_unseen(trainer, pl_module))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        counter = stack.enter_context(FlopCounterMode(display=False))
-        stack.enter_context(precision.train_step_context() if training else precision.val_step_context())
-        output = step(*_arguments(step, batch))
-        if training:
-            loss = output["loss"] if isinstance(output, dict) else output
-            trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-            torch.autograd.grad(loss, trained, allow_unused=True)
-    return int(counter.get_total_flops())
-
-
-def _arguments(step: Any, batch: Any) -> tuple[Any, ...]:
-    """``batch_idx`` is optional in Lightning's steps."""
-    return (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
 
 
 def _keep(value: Any) -> Any:
@@ -116,8 +54,8 @@ def unnoticed(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """The same, and put buffers back and keep what is written to loggers from them."""
+def unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """As :func:`unnoticed`, and put buffers back and keep what is written to loggers from them."""
     buffers = [(buffer, _keep(buffer)) for buffer in pl_module.buffers()]
     loggers = trainer.loggers
     try:
@@ -155,7 +93,7 @@ def undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     structures = [{key: tree_map(lambda leaf: leaf, value) for key, value in state.items()} for state in states]
     precision = trainer.precision_plugin.state_dict()
     try:
-        with _unseen(trainer, pl_module), torch.enable_grad():
+        with unseen(trainer, pl_module), torch.enable_grad():
             yield
     finally:
         with torch.no_grad():

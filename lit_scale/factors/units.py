@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_scale.blocks import BlockStack
-from lit_scale.nn import Attention
+from lit_scale.factors.blocks import BlockStack
 
 __all__ = ["UnitGroup", "UnitKind", "find_units"]
 
@@ -320,8 +319,12 @@ def _heads(path: str, block: nn.Module) -> Iterator[UnitGroup]:
 
 
 def _is_resizable(module: nn.Module) -> bool:
-    """Whether an attention with one matrix for queries, keys and values runs with fewer heads when told so."""
-    if isinstance(module, Attention):
+    """Whether an attention with one matrix for queries, keys and values runs with fewer heads when told so.
+
+    A class says so by an attribute ``resizable = True``: it has layers ``qkv`` and ``out``, and its forward reads
+    ``num_heads`` and ``head_dim``. timm's is known by its class.
+    """
+    if getattr(type(module), "resizable", False):
         return True
     timm = sys.modules.get("timm.layers.attention")
     if timm is None or type(module) is not timm.Attention or not hasattr(module, "attn_dim"):

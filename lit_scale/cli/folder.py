@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
-from lit_scale.console import say
+from lit_scale.cli.console import say
 
 __all__ = ["LAST", "OF_COMPARISON", "OF_RUN", "LastCheckpoint", "is_inside", "resume_command", "set_aside"]
 

@@ -1,12 +1,6 @@
-"""Guards for any Trainer and any LightningModule: finite updates, exact randomness, preemption, safe files.
-
-    Trainer(callbacks=[StepSeed(seed=1), FiniteGuard(), PreemptionGuard()], plugins=[SafeCheckpointIO()])
-
-Each works without the others and without the rest of the package, and none adds anything to a checkpoint.
-"""
+"""Preemption: signals are answered with a checkpoint at the next optimizer step."""
 
 import atexit
-import hashlib
 import math
 import os
 import shlex
@@ -23,136 +17,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
-from torch.optim import Optimizer
 
-from lit_scale.checkpoint_io import (
-    CheckpointError,
-    CheckpointWriteError,
-    SafeCheckpointIO,
-    check_writable,
-    load_checkpoint,
-)
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointWriteError",
-    "FiniteGuard",
-    "NonFiniteError",
-    "PreemptionGuard",
-    "SafeCheckpointIO",
-    "StepSeed",
-    "check_writable",
-    "load_checkpoint",
-    "shield_worker",
-]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the update that would have used it was not made."""
-
-
-class FiniteGuard(Callback):
-    """Stops before an optimizer step whose losses or gradients are NaN or infinite, on all ranks together.
-
-    It looks at every loss of the accumulation window and at all gradients, for one device sync a step and, between
-    ranks, one scalar, as long as all is well. Under a GradScaler only losses count: infinite gradients are how it finds
-    its scale. Weights and optimizer state stay those of the step before. Buffers (BatchNorm) have seen the bad batch:
-    resume from a checkpoint of an earlier step, not from one that was saved on the exception.
-
-    Raises:
-        NonFiniteError: With step, epoch, batch, the loss or the first parameters, and what to try.
-
-    Example:
-        >>> trainer = Trainer(callbacks=[FiniteGuard()], accelerator="cpu", logger=False, enable_checkpointing=False)
-    """
-
-    _losses: list[tuple[int, Tensor]]  # batch index and loss of each micro-batch since the last step
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses = []
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._losses.append((trainer.fit_loop.batch_idx, loss.detach().sum()))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        losses, self._losses = self._losses, []
-        gradients = []
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
-            parameters = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-            gradients = [g for g in map(_local_gradient, parameters) if g.numel()]
-        # The 2-norm is fast, and finite only where all gradients are. As that of large but finite ones can overflow,
-        # it is the largest magnitude, which takes twenty times as long on a CPU, that condemns a step.
-        for norm in (2.0, math.inf):
-            total = torch.nn.utils.get_total_norm(gradients, norm_type=norm)
-            probes = [total.to(pl_module.device), *(loss for _, loss in losses)]
-            finite = torch.stack([probe.isfinite().to(pl_module.device) for probe in probes]).all().int()
-            if trainer.world_size > 1:
-                dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-            if finite.item():
-                return
-        bad = [(index, loss.item()) for index, loss in losses if not loss.isfinite()]
-        batch, value = bad[0] if bad else (trainer.fit_loop.batch_idx, 0.0)
-        parts = {name: _local_gradient(p) for name, p in pl_module.named_parameters() if p.grad is not None}
-        names = [name for name, gradient in parts.items() if not gradient.isfinite().all()]
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-        what = f"the gradient is not finite in {shown}" if names else "another rank met a non-finite loss"
-        raise NonFiniteError(
-            f"{f'the loss is {value}' if bad else what}, before optimizer step {trainer.global_step + 1} (epoch "
-            f"{trainer.current_epoch}, batch {batch}). That step was not made. Look at this batch; try a lower "
-            "learning rate, a longer warm-up, gradient_clip_val=1.0, or precision 'bf16-mixed' or '32-true' instead of "
-            "'16-mixed'; Trainer(detect_anomaly=True) finds the operation. Then resume from the last checkpoint."
-        )
-
-
-def _local_gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """The numbers of a gradient that this rank holds: of a DTensor its shard, of a sparse tensor its entries."""
-    gradient = parameter.grad
-    assert gradient is not None
-    if hasattr(gradient, "to_local"):
-        gradient = gradient.to_local()
-    return gradient._values() if gradient.is_sparse else gradient
-
-
-class StepSeed(Callback):
-    """Makes dropout, and all else that draws from torch's generators, a function of (seed, rank, batch counter).
-
-    A run resumed on as many ranks draws what the uninterrupted one would have drawn, with nothing saved: the counter
-    is Lightning's own over all epochs, restored from every checkpoint. A validation batch is seeded by its place, so
-    each pass draws the same and none shifts training. It costs microseconds a batch.
-
-    Only the CPU generator and that of the current CUDA device are set. Python's and numpy's are not: what draws from
-    them belongs to the data, keyed by (seed, epoch, index). The order of the data is the loader's.
-
-    Args:
-        seed: Runs with the same seed draw the same numbers.
-
-    Example:
-        >>> trainer = Trainer(callbacks=[StepSeed(seed=1)], accelerator="cpu", logger=False, enable_checkpointing=False)
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._set(trainer, str(trainer.fit_loop.total_batch_idx))
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *place: Any) -> None:
-        self._set(trainer, f"validation/{place[1:]}")  # batch_idx and dataloader_idx
-
-    def _before_transfer(self, trainer: Trainer, *_: Any) -> None:
-        # on_after_batch_transfer, where augmentation on the device is done, comes before on_train_batch_start
-        self._set(trainer, f"transfer/{trainer.fit_loop.total_batch_idx + 1}")
-
-    on_train_start = on_train_epoch_start = _before_transfer  # type: ignore[assignment]
-    on_train_batch_end = on_validation_end = _before_transfer  # type: ignore[assignment]
-
-    def _set(self, trainer: Trainer, place: str) -> None:
-        digest = hashlib.blake2b(f"{self.seed}/{trainer.global_rank}/{place}".encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little") >> 1
-        torch.default_generator.manual_seed(number)  # torch.manual_seed asks every backend: a hundred times slower
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
+__all__ = ["PreemptionGuard", "shield_worker"]
 
 
 class PreemptionGuard(Callback):

@@ -11,23 +11,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
+from lit_scale.progress import Windows, batches_after
+
 __all__ = [
-    "Windows",
     "accumulate",
-    "batches_after",
     "check_epoch",
     "micro_batches",
     "plan_windows",
     "restore_accumulation",
-    "steps_after",
 ]
 
 _OWN = "_lit_scale_accumulation"  # where a Trainer keeps its own number while it is changed
-
-Windows = Sequence[tuple[int, int]]
 
 
 def micro_batches(batch: int, each: int, what: str = "batch") -> int:
@@ -91,32 +87,6 @@ def plan_windows(
         taken += (due - first) * each
         windows.append((due, size))
     return windows
-
-
-def batches_after(windows: Windows, step: int) -> int:
-    """Micro-batches that so many optimizer steps have taken.
-
-    Example:
-        >>> [batches_after([(0, 1), (8, 4)], step) for step in (0, 8, 10)]
-        [0, 8, 16]
-    """
-    ends = [first for first, _ in windows[1:]] + [step]
-    return sum(each * max(0, min(end, step) - first) for (first, each), end in zip(windows, ends, strict=True))
-
-
-def steps_after(windows: Windows, batches: int) -> int:
-    """Optimizer steps that so many micro-batches have completed.
-
-    Example:
-        >>> [steps_after([(0, 1), (8, 4)], batches) for batches in (0, 8, 11, 12, 16)]
-        [0, 8, 8, 9, 10]
-    """
-    for (first, each), (following, _) in pairwise(windows):
-        if batches < (following - first) * each:
-            return first + batches // each
-        batches -= (following - first) * each
-    first, each = windows[-1]
-    return first + batches // each
 
 
 def accumulate(trainer: Any, number: int) -> None:

@@ -19,23 +19,23 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_scale.ledger import Key, Ledger
-from lit_scale.optimizers import state_bytes
-from lit_scale.record import hardware, versions, write_json
-from lit_scale.replay import flops_of, is_compiled, replay_step, undone
+from lit_scale.batches import tensors
+from lit_scale.cost.ledger import Key, Ledger
+from lit_scale.cost.record import hardware, versions, write_json
+from lit_scale.cost.replay import flops_of, is_compiled, replay_step
+from lit_scale.factors.optimizers import state_bytes
+from lit_scale.restoring import undone
 from lit_scale.technique import Technique, check_techniques
 
-__all__ = ["CostMeter", "charge", "charge_run", "hardware", "resident_peak", "tensors", "versions", "write_json"]
+__all__ = ["CostMeter", "charge", "charge_run", "resident_peak"]
 
 _SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
 _REPLAYED = 32  # shapes that are replayed, the most frequent ones; the others keep their in-run medians
@@ -409,20 +409,6 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
 
 def _techniques(trainer: Trainer) -> list[Technique]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Technique)]  # type: ignore[attr-defined]
-
-
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, in order, whatever holds them."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from tensors(value)
-    elif is_dataclass(batch):
-        yield from tensors(vars(batch))
 
 
 def _synchronize() -> None:

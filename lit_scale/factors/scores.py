@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lit_scale.replay import unnoticed
-from lit_scale.samples import count_samples, take_samples
+from lit_scale.batches import count_samples, take_samples
+from lit_scale.restoring import unnoticed
 
 __all__ = ["check_outputs", "output_gradients", "sample_losses", "watch_outputs"]
 

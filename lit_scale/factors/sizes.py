@@ -10,16 +10,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
+from lit_scale.batches import Plan
+from lit_scale.progress import progress, progress_after
 from lit_scale.schedules import check_starts, stage_at
-from lit_scale.technique import Technique, progress, progress_after
-
-if TYPE_CHECKING:
-    from lit_scale.datamodules.loader import Plan
+from lit_scale.technique import Technique
 
 __all__ = ["SizeByStages"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_scale.blocks import BlockStack
+from lit_scale.factors.blocks import BlockStack
 
 __all__ = ["Cells", "WeightMasks", "erk_densities", "find_matrices", "pack_bits", "unpack_bits", "zero_slots"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_scale.blocks import block_lists
-from lit_scale.eight_bit import EIGHT_BIT, embedding_weights, make_eight_bit
+from lit_scale.factors.blocks import block_lists
+from lit_scale.factors.eight_bit import EIGHT_BIT, embedding_weights, make_eight_bit
 
 __all__ = [
     "MomentRule",
