@@ -59,6 +59,7 @@ def take_samples(batch: Any, index: Tensor | slice) -> Any:
         ValueError: A tensor's first axis is not the samples.
 
     Example:
+        >>> import torch
         >>> batch = {"ids": torch.tensor([[1, 2], [3, 4], [5, 6]]), "text": ("a", "b", "c"), "scale": torch.tensor(0.5)}
         >>> take_samples(batch, torch.tensor([2, 0]))
         {'ids': tensor([[5, 6],
