@@ -27,7 +27,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lit_scale.callbacks import ProgressiveStacking
-from lit_scale.cost import CostMeter, charge, charge_run, hardware, versions, write_json
+from lit_scale.cost import CostMeter, charge, charge_run, hardware, versions
 from lit_scale.cost.ledger import Ledger
 from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
@@ -706,14 +706,6 @@ def test_a_validation_afterwards_completes_the_record(tmp_path):
     record = json.loads((tmp_path / "result.json").read_text())
     assert math.isfinite(record["metrics"]["val/loss"])
     assert record["curve"][-1]["flops"] == record["flops"]
-
-
-def test_write_json_leaves_the_old_file_if_it_fails(tmp_path):
-    write_json(tmp_path / "a" / "result.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a" / "result.json", {"x": 2, "y": object()})
-    assert json.loads((tmp_path / "a" / "result.json").read_text()) == {"x": 1}
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result.json"]
 
 
 def test_the_state_is_numbers_and_strings_and_copies_nothing_alive(tmp_path):

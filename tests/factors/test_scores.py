@@ -1,78 +1,24 @@
-import collections
-import dataclasses
-import re
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lit_scale.batches import count_samples, take_samples
-from lit_scale.callbacks import ImportanceSampling, RhoLoss, SelectiveBackprop
 from lit_scale.factors.scores import check_outputs, output_gradients, sample_losses, watch_outputs
-from tests.foreign_models import CLASSES, FOREIGN, PlainTorch, build, loader, quiet_trainer
+from tests.foreign_models import CLASSES, FOREIGN, PlainTorch, build, loader
 from tests.image_models import tiny_mae
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+
 NAMES = [*FOREIGN, "bert"]
-Pair = collections.namedtuple("Pair", ["ids", "labels"])
-
-
-@dataclasses.dataclass
-class Parts:
-    ids: Tensor
-    name: str
 
 
 def batch_of(name: str, size: int = 8) -> Any:
     return next(iter(loader(name, batch_size=size)))
-
-
-# ---- part of a batch
-
-
-def test_samples_are_taken_out_of_batches_of_every_form() -> None:
-    from transformers import BatchEncoding
-
-    ids, labels, index = torch.arange(12).view(4, 3), torch.arange(4), torch.tensor([3, 0, 3])
-    boxes = [torch.zeros(n, 4) for n in (2, 5, 1, 7)]
-    nested = {"x": (ids, [labels]), "texts": ["a", "b", "c", "d"], "boxes": boxes, "mask": torch.ones(1, 3), "n": 5}
-    found = take_samples(nested, index)
-    assert torch.equal(found["x"][0], ids[[3, 0, 3]])
-    assert found["x"][1][0].tolist() == [3, 0, 3]
-    assert found["texts"] == ["d", "a", "d"]
-    assert [len(box) for box in found["boxes"]] == [7, 2, 7]
-    assert found["mask"] is nested["mask"]
-    assert found["n"] == 5
-    assert torch.equal(take_samples(ids, index), ids[[3, 0, 3]])
-    pair = take_samples(Pair(ids, labels), slice(0, 2))
-    assert type(pair) is Pair
-    assert pair.labels.tolist() == [0, 1]
-    parts = take_samples(Parts(ids, "n"), index)
-    assert torch.equal(parts.ids, ids[index])
-    assert parts.name == "n"
-    encoding = take_samples(BatchEncoding({"input_ids": ids}), index)
-    assert type(encoding) is BatchEncoding
-    assert torch.equal(encoding["input_ids"], ids[index])
-    two = take_samples([ids[:2], torch.tensor(0.5)], torch.tensor([1]))  # a pair of two samples, not one item each
-    assert two[0].tolist() == [[3, 4, 5]]
-
-
-def test_what_is_no_axis_of_samples_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(3, 4\), whose first axis is not its 4 samples"):
-        take_samples((torch.zeros(4, 3), torch.zeros(3, 4)), slice(0, 1))
-    with pytest.raises(ValueError, match="holds no tensor"):
-        count_samples({"text": ["a"]})
-
-
-# ---- scores
 
 
 def logits_and_labels(module: Any, batch: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -250,37 +196,3 @@ def test_what_cannot_be_scored_is_refused() -> None:
     torch.testing.assert_close(output_gradients(by_hand, batch, "net.head"), 2 * errors.norm(dim=1))
     with pytest.raises(ValueError, match=r"returned \(\) for 8 samples; return one loss each, \(8,\)"):
         sample_losses(Reduced(), batch)
-
-
-# ---- techniques
-
-
-class WithoutLosses(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-
-@pytest.mark.parametrize(
-    "technique",
-    [ImportanceSampling(), SelectiveBackprop(), RhoLoss(PlainTorch())],
-    ids=lambda technique: type(technique).__name__,
-)
-def test_a_module_without_losses_of_samples_is_told_how_to_have_them(technique: Any, tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, callbacks=[technique], max_steps=1)
-    with pytest.raises(ValueError, match="WithoutLosses has no method per_sample_loss") as caught:
-        technique.setup(trainer, WithoutLosses(), "fit")
-    lines = textwrap.dedent(re.split(r"\n\n", str(caught.value), maxsplit=1)[1])
-    own: dict[str, Any] = {"torch": torch}
-    exec(lines, own)  # what the message says is enough
-    mended = type("Mended", (WithoutLosses,), {n: own[n] for n in ("per_sample_loss", "training_step")})()
-    mended.log = lambda *_: None
-    batch = (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
-    torch.testing.assert_close(mended.training_step(batch, 0), WithoutLosses.training_step(mended, batch, 0))
-    assert sample_losses(mended, batch).shape == (4,)
