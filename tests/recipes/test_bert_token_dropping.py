@@ -10,8 +10,8 @@ import torch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bert_token_skip.py"
-ROOT = "runs/bert_token_skip"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bert_token_dropping.py"
+ROOT = "runs/bert_token_dropping"
 
 
 def run(tiny, monkeypatch, *args):

@@ -1,8 +1,8 @@
 """BERT with dynamic sparsity (RigL, Evci et al., ICML 2020): a quarter of the neurons and heads, moved about.
 
-python recipes/bert_dynamic_sparse.py                           # the technique, on Python's own sources
-python recipes/bert_dynamic_sparse.py --compare                 # and the same run without it, side by side
-python recipes/bert_dynamic_sparse.py --dynamic_sparsity.granularity weight --dynamic_sparsity.density 0.2
+python recipes/bert_dynamic_sparsity.py                           # the technique, on Python's own sources
+python recipes/bert_dynamic_sparsity.py --compare                 # and the same run without it, side by side
+python recipes/bert_dynamic_sparsity.py --dynamic_sparsity.granularity weight --dynamic_sparsity.density 0.2
 """
 
 from lit_scale.callbacks import DynamicSparsity

@@ -1,8 +1,8 @@
 """GPT with sequence-length warm-up (Li et al., NeurIPS 2022): an eighth of the length first, doubled three times.
 
-python recipes/gpt_length_warmup.py                          # the technique, on Python's own sources
-python recipes/gpt_length_warmup.py --compare                # and the same run without it, side by side
-python recipes/gpt_length_warmup.py --data.corpus my_text/ --model.depth 12 --trainer.max_steps 20000
+python recipes/gpt_sequence_length_warmup.py                          # the technique, on Python's own sources
+python recipes/gpt_sequence_length_warmup.py --compare                # and the same run without it, side by side
+python recipes/gpt_sequence_length_warmup.py --data.corpus my_text/ --model.depth 12 --trainer.max_steps 20000
 """
 
 from lit_scale.callbacks import SequenceLengthWarmup

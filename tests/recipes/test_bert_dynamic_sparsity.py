@@ -8,8 +8,8 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bert_dynamic_sparse.py"
-ROOT = "runs/bert_dynamic_sparse"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bert_dynamic_sparsity.py"
+ROOT = "runs/bert_dynamic_sparsity"
 HALF = ["--dynamic_sparsity.density=0.5"]  # the tiny model has two heads
 
 

@@ -1,8 +1,8 @@
 """BERT with large batches (You et al., ICLR 2020): 16 times the batch with LAMB, the same data in 1/16 of the steps.
 
-python recipes/bert_lamb_large_batch.py                        # the technique, on Python's own sources
-python recipes/bert_lamb_large_batch.py --compare              # and AdamW with the small batch, on as many samples
-python recipes/bert_lamb_large_batch.py --large_batch.optimizer own --large_batch.lr null      # AdamW, scaled by sqrt
+python recipes/bert_large_batch.py                        # the technique, on Python's own sources
+python recipes/bert_large_batch.py --compare              # and AdamW with the small batch, on as many samples
+python recipes/bert_large_batch.py --large_batch.optimizer own --large_batch.lr null      # AdamW, scaled by sqrt
 """
 
 from lit_scale.callbacks import LargeBatch

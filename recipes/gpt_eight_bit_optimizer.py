@@ -1,8 +1,8 @@
 """GPT with 8-bit AdamW (Dettmers et al., ICLR 2022): the moments of the optimizer in a byte each.
 
-python recipes/gpt_8bit_adamw.py                          # the technique, on Python's own sources
-python recipes/gpt_8bit_adamw.py --compare                # and the same run with 32-bit state, side by side
-python recipes/gpt_8bit_adamw.py --data.corpus my_text/ --model.width 768 --model.depth 12 --trainer.max_steps 20000
+python recipes/gpt_eight_bit_optimizer.py                          # the technique, on Python's own sources
+python recipes/gpt_eight_bit_optimizer.py --compare                # and the same run with 32-bit state, side by side
+python recipes/gpt_eight_bit_optimizer.py --data.corpus my_text/ --model.width 768 --model.depth 12
 """
 
 from lit_scale.callbacks import EightBitOptimizer

@@ -1,8 +1,8 @@
 """Masked autoencoder (He et al. 2022) whose encoder runs over the visible quarter of the patches only.
 
-python recipes/mae_token_skip.py                  # the technique, on scanned digits; ends with a probe and fine-tuning
-python recipes/mae_token_skip.py --compare        # and with mask tokens in the encoder, side by side
-python recipes/mae_token_skip.py --data.source images/ --data.image_size 224 --model.patch_size 16 --model.depth 12
+python recipes/mae_masked_token_skip.py                # the technique, on scanned digits; then a probe and fine-tuning
+python recipes/mae_masked_token_skip.py --compare      # and with mask tokens in the encoder, side by side
+python recipes/mae_masked_token_skip.py --data.source images/ --data.image_size 224 --model.patch_size 16
 """
 
 from lit_scale.callbacks import MaskedTokenSkip

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*val_dataloader"),
 ]
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "mae_token_skip.py"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "mae_masked_token_skip.py"
 TINY = {
     "trainer.max_steps": 4,
     "trainer.enable_progress_bar": "false",
@@ -45,7 +45,7 @@ def run(tmp_path, monkeypatch):
 def test_compare_trains_both_from_the_same_start_and_probes_both(run, capsys):
     probe = [{"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 2}}]  # not 100
     run("--compare", f"--trainer.callbacks={json.dumps(probe)}")
-    root = Path("runs/mae_token_skip")
+    root = Path("runs/mae_masked_token_skip")
     out = capsys.readouterr().out
     records = json.loads((root / "comparison.json").read_text())
     assert list(records) == ["baseline", "masked_token_skip"]
@@ -65,7 +65,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(run):
     run(f"--trainer.callbacks={json.dumps([{'class_path': 'ModelCheckpoint', 'init_args': saving}])}")
     run("--trainer.callbacks=null", "--trainer.default_root_dir=runs/rest", "--ckpt_path=steps/step=2.ckpt")
     whole, rest = (
-        torch.load(f"runs/{root}/checkpoints/last.ckpt", weights_only=True) for root in ("mae_token_skip", "rest")
+        torch.load(f"runs/{root}/checkpoints/last.ckpt", weights_only=True)
+        for root in ("mae_masked_token_skip", "rest")
     )
     assert whole["global_step"] == rest["global_step"] == 4
     assert all(torch.equal(value, rest["state_dict"][name]) for name, value in whole["state_dict"].items())
