@@ -2,7 +2,7 @@
 
     python benchmarks/large_batch.py --preset cpu
 
-Every run is `recipes/bert_lamb_large_batch.py` in a process of its own, in mixed order. Rates are tuned for each side,
+Every run is `recipes/bert_large_batch.py` in a process of its own, in mixed order. Rates are tuned for each side,
 with the same factor between two of them and on beyond the ends of the grid until the best is at neither; a rate of LAMB
 is a relative change, so its grid lies elsewhere. An interrupted sweep goes on where it stopped.
 """
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from savings import ROOT, TUNING_SEED, Run, Sweep, command
 
-RECIPE = "bert_lamb_large_batch"
+RECIPE = "bert_large_batch"
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null"]
 SMALL = [*CPU, "--data.batch_size=2", "--model.depth=4", "--data.max_val_sequences=512"]
 SIDES = {  # flags, and where the grid of rates begins

@@ -7,7 +7,7 @@ State, memory and time are those of a training step of ``GPT``, of every 8-bit o
 one a user would otherwise take, and so torch's fused AdamW for AdamW. Peak memory is that of a process of its own, less
 what it held before the model was built. Steps are timed interleaved in rotating order, and compared by the median of
 paired ratios; on one thread of a CPU by processor time, else by wall time. Loss parity is that of
-``recipes/gpt_8bit_adamw.py`` with and without the technique, over several seeds.
+``recipes/gpt_eight_bit_optimizer.py`` with and without the technique, over several seeds.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from savings import ROOT, Run, Sweep
 from throughput import Clock, interval, ratio
 
 from lit_scale.cost import hardware, resident_peak, versions, write_json
+from lit_scale.factors.optimizers import create_optimizer, state_bytes
 from lit_scale.models import GPT
-from lit_scale.optimizers import create_optimizer, state_bytes
 
 RESULTS = Path(__file__).parent / "results"
-RECIPE = "gpt_8bit_adamw"
+RECIPE = "gpt_eight_bit_optimizer"
 PAIRS = {"adamw": "adamw8bit", "lion": "lion8bit", "lamb": "lamb8bit", "momentum": "sgd8bit"}
 
 

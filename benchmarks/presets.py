@@ -166,7 +166,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "gpu": on_gpu(CLASSIFIER, technique_steps=[8_000, 4_000], relative_cost=0.35),
     },
-    "mae_token_skip": {
+    "mae_masked_token_skip": {
         "cpu": on_cpu(
             flags=[
                 "--data.source=data/cifar10/train-{00000..00001}.tar",
@@ -238,7 +238,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "gpu": on_gpu([*CLASSIFIER, *RARE[1:]], technique_steps=[4_000, 2_000], relative_cost=1.8),
     },
-    "gpt_length_warmup": {
+    "gpt_sequence_length_warmup": {
         "cpu": on_cpu(
             lrs=[1e-3, 2e-3, 4e-3],
             tune_steps=[400],
@@ -252,7 +252,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             relative_cost=0.75,
         ),
     },
-    "bert_dynamic_sparse": {
+    "bert_dynamic_sparsity": {
         "cpu": on_cpu(
             **BERT_BASELINE,
             technique_steps=[900, 600],
@@ -275,7 +275,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "gpu": on_gpu(BERT, technique_steps=[6_000, 3_000], relative_cost=0.4),
     },
-    "bert_token_skip": {
+    "bert_token_dropping": {
         "cpu": on_cpu(
             **BERT_BASELINE,
             technique_steps=[1_100, 750],

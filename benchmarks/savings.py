@@ -2,7 +2,7 @@
 
     python benchmarks/savings.py bert_progressive_stack --preset cpu
     python benchmarks/savings.py --all --preset cpu
-    python benchmarks/savings.py bert_token_skip --preset gpu -- --data.corpus=/data/books --model.depth=24
+    python benchmarks/savings.py bert_token_dropping --preset gpu -- --data.corpus=/data/books --model.depth=24
 
 What stands behind `--` are flags of the recipe for every run, of both sides.
 Every run is the recipe itself in a process of its own, in mixed order. An interrupted sweep goes on where it stopped;

@@ -340,8 +340,8 @@ def update_readme(folder: Path) -> None:
         if card.exists():
             card.write_text(update(card.read_text(), f"choices.{result['preset']}", choices_table(result)))
     for kind, name, make in (
-        ("large_batch", "lamb", large_batch_lines),
-        ("memory", "eight_bit_optimizers", parity_lines),
+        ("large_batch", "large_batch", large_batch_lines),
+        ("memory", "eight_bit_optimizer", parity_lines),
     ):
         for result in stored(folder, kind):
             card = docs / f"{name}.md"

@@ -34,8 +34,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lit_scale.cost import hardware, versions, write_json
+from lit_scale.factors.optimizers import create_optimizer
 from lit_scale.models import BertMLM
-from lit_scale.optimizers import create_optimizer
 
 OURS, ROTARY = "lit_scale", "lit_scale, rotary"
 RESULTS = Path(__file__).parent / "results"

@@ -15,17 +15,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 
-from lit_scale.optimizers import scale_rates
+from lit_scale.factors.optimizers import scale_rates
+from lit_scale.factors.steps import accumulate, check_epoch, micro_batches, plan_windows, restore_accumulation
+from lit_scale.progress import Windows, progress
 from lit_scale.schedules import RateScaling, check_starts, rate_factor, stage_at
-from lit_scale.steps import (
-    Windows,
-    accumulate,
-    check_epoch,
-    micro_batches,
-    plan_windows,
-    restore_accumulation,
-)
-from lit_scale.technique import Technique, progress
+from lit_scale.technique import Technique
 
 __all__ = ["BatchRamp"]
 

@@ -18,13 +18,22 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_scale.blocks import find_blocks
 from lit_scale.cost import charge
-from lit_scale.datamodules.loader import derive_seed
+from lit_scale.factors.blocks import find_blocks
+from lit_scale.factors.units import UnitGroup, UnitKind, find_units
+from lit_scale.factors.weights import (
+    Cells,
+    WeightMasks,
+    erk_densities,
+    find_matrices,
+    pack_bits,
+    unpack_bits,
+    zero_slots,
+)
+from lit_scale.progress import progress
 from lit_scale.schedules import number_or_share
-from lit_scale.technique import Technique, averages, progress
-from lit_scale.units import UnitGroup, UnitKind, find_units
-from lit_scale.weights import Cells, WeightMasks, erk_densities, find_matrices, pack_bits, unpack_bits, zero_slots
+from lit_scale.seeds import derive_seed
+from lit_scale.technique import Technique, averages
 
 __all__ = ["DynamicSparsity", "drop_and_grow", "drop_share", "swap_in_fours"]
 

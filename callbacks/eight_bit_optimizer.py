@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_scale.eight_bit import embedding_weights, to_eight_bit
-from lit_scale.optimizers import replace_optimizers
+from lit_scale.factors.eight_bit import embedding_weights, to_eight_bit
+from lit_scale.factors.optimizers import replace_optimizers
 from lit_scale.technique import Technique
 
 __all__ = ["EightBitOptimizer"]

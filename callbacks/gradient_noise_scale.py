@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_scale.samples import SampleChoice, count_samples
+from lit_scale.batches import count_samples
+from lit_scale.factors.samples import SampleChoice
 
 __all__ = ["GradientNoiseScale", "signal_and_noise"]
 

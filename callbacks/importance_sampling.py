@@ -18,8 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_scale.samples import SampleChoice, Step, count_samples, take_samples
-from lit_scale.scores import check_outputs, output_gradients, watch_outputs
+from lit_scale.batches import count_samples, take_samples
+from lit_scale.factors.samples import SampleChoice, Step
+from lit_scale.factors.scores import check_outputs, output_gradients, watch_outputs
 
 __all__ = ["ImportanceSampling", "draw", "variance_ratio"]
 

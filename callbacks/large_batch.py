@@ -14,9 +14,9 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lit_scale.optimizers import replace_optimizers, run_schedulers, scale_rates
+from lit_scale.factors.optimizers import replace_optimizers, run_schedulers, scale_rates
+from lit_scale.factors.steps import accumulate, check_epoch, restore_accumulation
 from lit_scale.schedules import RateScaling, rate_factor
-from lit_scale.steps import accumulate, check_epoch, restore_accumulation
 from lit_scale.technique import Technique
 
 __all__ = ["LargeBatch"]

@@ -15,7 +15,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_scale.technique import Technique, progress
+from lit_scale.progress import progress
+from lit_scale.technique import Technique
 
 __all__ = ["PatchDropping"]
 

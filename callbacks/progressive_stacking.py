@@ -19,11 +19,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_scale.blocks import BlockStack, find_blocks
 from lit_scale.cost import charge
-from lit_scale.optimizers import MomentRule, scale_rates, transfer_state
+from lit_scale.factors.blocks import BlockStack, find_blocks
+from lit_scale.factors.optimizers import MomentRule, scale_rates, transfer_state
+from lit_scale.progress import progress
 from lit_scale.schedules import check_starts, rewarmup, stage_at
-from lit_scale.technique import Technique, averages, progress
+from lit_scale.technique import Technique, averages
 
 __all__ = ["ProgressiveStacking", "blocks_at_depth", "growth_map"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from lit_scale.sizes import SizeByStages
+from lit_scale.factors.sizes import SizeByStages
 
 __all__ = ["ResolutionGrowing", "patch_size"]
 

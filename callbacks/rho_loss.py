@@ -8,6 +8,7 @@ pass over ten times as many samples cost 4.3 plain steps, and the other model co
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_scale.batches import count_samples, take_samples
 from lit_scale.cost import charge_run
-from lit_scale.datamodules.cache import digest
+from lit_scale.factors.samples import SampleChoice, Step, round_share
+from lit_scale.factors.scores import sample_losses
 from lit_scale.guards import load_checkpoint
-from lit_scale.samples import SampleChoice, Step, count_samples, round_share, take_samples
-from lit_scale.scores import sample_losses
 
 __all__ = ["RhoLoss", "top_reducible"]
 
@@ -95,7 +96,7 @@ class RhoLoss(SampleChoice):
         self._other.eval().requires_grad_(False)
         weights = [part for part in self._other.state_dict().values() if isinstance(part, Tensor) and part.numel()]
         parts = [part.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() for part in weights]
-        self._fingerprint = digest(b"".join(parts))
+        self._fingerprint = hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
     def _load(self, kind: type[LightningModule]) -> LightningModule:
         if isinstance(self.irreducible, LightningModule):

@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lit_scale.samples import SampleChoice, Step, count_samples, round_share, take_samples
-from lit_scale.scores import sample_losses
-from lit_scale.technique import progress
+from lit_scale.batches import count_samples, take_samples
+from lit_scale.factors.samples import SampleChoice, Step, round_share
+from lit_scale.factors.scores import sample_losses
+from lit_scale.progress import progress
 
 __all__ = ["SelectiveBackprop", "select_by_percentile"]
 

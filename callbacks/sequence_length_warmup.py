@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_scale.sizes import SizeByStages
+from lit_scale.factors.sizes import SizeByStages
 
 __all__ = ["SequenceLengthWarmup"]
 

@@ -15,11 +15,12 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lit_scale.blocks import BlockStack, find_blocks
+from lit_scale.factors.blocks import BlockStack, find_blocks
+from lit_scale.factors.token_choice import CHOICES, growing_share
+from lit_scale.factors.tokens import late_span, mark_late, release_tokens
+from lit_scale.progress import progress
 from lit_scale.schedules import number_or_share
-from lit_scale.technique import Technique, averages, progress
-from lit_scale.token_choice import CHOICES, growing_share
-from lit_scale.tokens import late_span, mark_late, release_tokens
+from lit_scale.technique import Technique, averages
 from lit_scale.wrapping import wrap
 
 __all__ = ["TokenDropping", "growing_share"]

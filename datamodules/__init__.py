@@ -1,10 +1,11 @@
 """Data for the recipes: seeded, resumable to the very next batch, and checked before the first step."""
 
 from lit_scale.datamodules.images import ImageDataModule
-from lit_scale.datamodules.loader import ResumableLoader, data_ranks, derive_seed
+from lit_scale.datamodules.loader import ResumableLoader, data_ranks
 from lit_scale.datamodules.masking import mask_tokens, num_predictions
 from lit_scale.datamodules.shards import Shards, write_shards
 from lit_scale.datamodules.text import TextDataModule
+from lit_scale.seeds import derive_seed
 
 __all__ = [
     "ImageDataModule",

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_scale.datamodules.cache import digest
-from lit_scale.datamodules.loader import derive_seed
 from lit_scale.datamodules.shards import Shards, is_pattern
+from lit_scale.seeds import derive_seed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

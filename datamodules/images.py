@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 
 from lit_scale.datamodules.cache import cache_folder
 from lit_scale.datamodules.image_sources import Source, UndecodableImageError, find_source, named_classes
-from lit_scale.datamodules.loader import ResumableLoader, derive_seed
+from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.datamodules.resume import ResumableDataModule, check_at_least
+from lit_scale.seeds import derive_seed
 
 __all__ = ["ImageDataModule"]
 

@@ -4,9 +4,8 @@ The order of an epoch is a function of (seed, epoch) alone, so the whole state o
 on every rank: the epoch, and how many batches were handed out since it began. Nothing is saved of any random generator.
 """
 
-import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,27 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lit_scale.batches import Plan
 from lit_scale.guards import shield_worker
+from lit_scale.seeds import derive_seed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-
-#: The size of a batch's samples (pixels of a side, tokens of a sequence; None is full size) and how many there are,
-#: by the batch's number since the run began.
-Plan = Callable[[int], tuple[int | None, int]]
-
-
-def derive_seed(*parts: int | str) -> int:
-    """Hash numbers and names to a seed; unlike a sum, (seed 0, epoch 1) and (seed 1, epoch 0) have nothing in common.
-
-    Args:
-        parts: What the random numbers should depend on.
-
-    Returns:
-        An integer in [0, 2**63), the same on every machine.
-    """
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def data_ranks(trainer: "Trainer | None") -> dict[str, int | None]:

@@ -25,9 +25,9 @@ from lit_scale.datamodules.corpus import (
     split_documents,
     train_bpe,
 )
-from lit_scale.datamodules.loader import derive_seed
 from lit_scale.datamodules.masking import mask_tokens, num_predictions
 from lit_scale.datamodules.resume import ResumableDataModule, check_at_least
+from lit_scale.seeds import derive_seed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

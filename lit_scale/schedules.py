@@ -1,7 +1,7 @@
 """Schedules: pure functions of the run's progress, a number in [0, 1].
 
 The same schedule therefore serves a run limited by steps, by epochs or by seconds; who calls it says how far the
-run is (:func:`lit_scale.technique.progress`).
+run is (:func:`lit_scale.progress.progress`).
 """
 
 import math

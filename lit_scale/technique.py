@@ -1,21 +1,21 @@
-"""What every technique stands on: the run's progress, the checks at its start, and its mark in the checkpoint."""
+"""What every technique stands on: the checks at its start, and its mark in the checkpoint."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lit_scale.steps import Windows, batches_after, steps_after
+from lit_scale.progress import Windows
 
-__all__ = ["Factor", "Technique", "averages", "check_techniques", "progress", "progress_after", "snake_case"]
+__all__ = ["Factor", "Technique", "averages", "check_techniques", "snake_case", "trained_with"]
 
 Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
 
@@ -31,66 +31,6 @@ def snake_case(kind: type) -> str:
         'technique'
     """
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
-
-
-def progress(trainer: Trainer) -> float:
-    """How much of the run is done, in [0, 1], whichever limit of the Trainer it is nearest to.
-
-    In steps that is ``global_step / max_steps``; in epochs, optimizer steps over those of all epochs, or batches over
-    those of all epochs where the batches of a step change over the run; in seconds, elapsed over allowed time, as rank
-    0 sees it, so that all ranks agree. It stays the same between two optimizer steps, but for the seconds.
-
-    Args:
-        trainer: A Trainer with ``max_steps``, ``max_epochs`` or ``max_time``. Before its loaders exist the epochs
-            count as not begun.
-    """
-    return _fraction(trainer, trainer.global_step)
-
-
-def progress_after(trainer: Trainer, batches: int) -> float:
-    """How much of the run is done after this many batches of it, counted from its beginning.
-
-    What prepares batches ahead needs this: by the time a batch is at work, :func:`progress` says the same. Of a run
-    limited by time nothing can be said ahead.
-
-    Args:
-        trainer: A Trainer whose loaders exist.
-        batches: Of one rank, over all epochs.
-    """
-    if windows := _windows(trainer):
-        return _fraction(trainer, steps_after(windows, batches))
-    window, each = trainer.accumulate_grad_batches, trainer.num_training_batches
-    if each == float("inf"):
-        return _fraction(trainer, batches // window)
-    epochs, rest = divmod(batches, max(1, int(each)))
-    return _fraction(trainer, epochs * -(-int(each) // window) + rest // window)
-
-
-def _fraction(trainer: Trainer, step: int) -> float:
-    done = [0.0]
-    if trainer.max_steps > 0:
-        done.append(step / trainer.max_steps)
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        batches = trainer.num_training_batches
-        if batches == float("inf"):  # a stream without a length: only whole epochs can be told
-            done.append(trainer.current_epoch / trainer.max_epochs)
-        elif batches and (windows := _windows(trainer)):
-            done.append(batches_after(windows, step) / (int(batches) * trainer.max_epochs))
-        elif batches:
-            steps = -(-int(batches) // trainer.accumulate_grad_batches)
-            done.append(step / (steps * trainer.max_epochs))
-    for timer in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
-            spent = timer.time_elapsed()
-            fraction = spent / max(spent + left, 1e-9)
-            done.append(trainer.strategy.broadcast(fraction) if trainer.world_size > 1 else fraction)
-    return min(1.0, max(done))
-
-
-def _windows(trainer: Trainer) -> Windows:
-    """How the batches of an optimizer step change over the run; empty where they do not."""
-    techniques = [c for c in trainer.callbacks if isinstance(c, Technique)]  # type: ignore[attr-defined]
-    return next((technique.windows for technique in techniques if technique.windows), ())
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:
@@ -114,7 +54,7 @@ class Technique(Callback):
     shares_with: ClassVar[frozenset[str]] = frozenset()
     #: Whether it can be added to a run that was begun without it.
     joins_late: ClassVar[bool] = True
-    #: Where the micro-batches of an optimizer step change over the run; see :mod:`lit_scale.steps`.
+    #: Where the micro-batches of an optimizer step change over the run; see :mod:`lit_scale.progress`.
     windows: Windows = ()
     #: Strategies it is tested with, and what to write instead of others.
     strategies: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy, DDPStrategy)
@@ -181,6 +121,11 @@ class Technique(Callback):
         check_techniques(trainer, checkpoint)
 
 
+def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The techniques that a checkpoint was trained with: class names, and their settings."""
+    return checkpoint.get(_MARK, {})
+
+
 def check_techniques(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Refuse to resume training without, or with other settings of, the techniques of a checkpoint.
 
@@ -191,12 +136,12 @@ def check_techniques(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         return
     present = {type(t).__name__: t for t in trainer.callbacks if isinstance(t, Technique)}  # type: ignore[attr-defined]
     for name, technique in present.items():
-        if not technique.joins_late and name not in checkpoint.get(_MARK, {}):
+        if not technique.joins_late and name not in trained_with(checkpoint):
             raise ValueError(
                 f"the checkpoint was trained without {name}, which has to be there from the first step; leave it out, "
                 "or start a new run from the checkpoint's weights"
             )
-    for name, settings in checkpoint.get(_MARK, {}).items():
+    for name, settings in trained_with(checkpoint).items():
         if name not in present:
             raise ValueError(
                 f"the checkpoint was trained with {name}, which is missing from this Trainer; "

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from lit_scale.datamodules.loader import ResumableLoader, derive_seed
+from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.models import BertMLM
+from lit_scale.seeds import derive_seed
 
 DEPTH = 4
 WIDTH = 16

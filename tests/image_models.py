@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lit_scale.datamodules.loader import ResumableLoader, derive_seed
+from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.models import MaskedAutoencoder
+from lit_scale.seeds import derive_seed
 from tests.foreign_models import CLASSES, DEPTH, WIDTH, Foreign
 
 SIDE, PATCH = 8, 2  # of an image and of a patch, in pixels

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lit_scale.datamodules.loader import ResumableLoader, derive_seed
+from lit_scale.datamodules.loader import ResumableLoader
+from lit_scale.seeds import derive_seed
 from tests.foreign_models import CLASSES, DEPTH, WIDTH, Foreign
 
 SIDE, PATCH = 16, 4

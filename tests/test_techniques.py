@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lit_scale.callbacks
-import lit_scale.cost
+import lit_scale.cost.meter
 from lit_scale.callbacks import (
     BatchRamp,
     DynamicSparsity,
@@ -221,7 +221,7 @@ def test_the_clock_times_the_steps_that_were_made(
 ) -> None:
     """A step that is replayed to be timed multiplies what the step of that shape multiplied in training."""
     make, data, _ = WITH_STACKING.get(kind, WITH_STACKING[TokenDropping])
-    technique, meter, replay = MAKE[kind](), CostMeter(repeats=1), lit_scale.cost.replay_step
+    technique, meter, replay = MAKE[kind](), CostMeter(repeats=1), lit_scale.cost.meter.replay_step
     impose, replayed = technique.impose_shape, []
 
     def noted(trainer: Any, module: Any, shape: dict[str, Any]) -> None:
@@ -234,7 +234,7 @@ def test_the_clock_times_the_steps_that_were_made(
         replayed[-1][1] = counter.get_total_flops()
 
     monkeypatch.setattr(technique, "impose_shape", noted)
-    monkeypatch.setattr(lit_scale.cost, "replay_step", counted)
+    monkeypatch.setattr(lit_scale.cost.meter, "replay_step", counted)
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), technique, meter])
     trainer.fit(make(0), data())
     *steps, (_, afterwards) = replayed

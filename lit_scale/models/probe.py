@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_scale.console import say
 from lit_scale.cost import CostMeter
 from lit_scale.models.mae import MaskedAutoencoder
 from lit_scale.schedules import warmup_cosine
@@ -193,7 +191,7 @@ class ProbeAtEnd(Callback):
         if self.steps:
             self.accuracies["fine_tune_accuracy"] = fine_tune(pl_module, data, steps=self.steps, lr=self.lr)
         for name, accuracy in self.accuracies.items():
-            say(Console(), f"{name.replace('_', ' ')}: {accuracy:.1%}")
+            print(f"{name.replace('_', ' ')}: {accuracy:.1%}", flush=True)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, CostMeter):
                 callback.extra |= self.accuracies

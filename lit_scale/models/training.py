@@ -9,9 +9,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_scale.optimizers import create_optimizer
+from lit_scale.factors.optimizers import create_optimizer
+from lit_scale.progress import progress
 from lit_scale.schedules import warmup_cosine
-from lit_scale.technique import check_techniques, progress
+from lit_scale.technique import check_techniques
 
 __all__ = ["Scheduled", "check_warmup"]
 

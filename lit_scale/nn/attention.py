@@ -72,6 +72,8 @@ class Attention(nn.Module):
         torch.Size([2, 10, 32])
     """
 
+    resizable = True  # it runs with fewer heads where num_heads is lowered; see lit_scale.factors.units
+
     def __init__(
         self,
         width: int,

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lit_scale.blocks import BlockList
+from lit_scale.factors.blocks import BlockList
 from lit_scale.nn.attention import Attention, RotaryPositions
 from lit_scale.nn.feedforward import FeedForward
 from lit_scale.nn.residual import PreNorm, Residual

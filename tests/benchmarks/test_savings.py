@@ -67,8 +67,8 @@ def test_the_readme_and_the_cards_say_what_is_stored():
     for result in tables.stored(results, "choices"):
         assert tables.choices_table(result) in (ROOT / "docs" / f"{result['technique']}.md").read_text()
     for kind, card, make in (
-        ("large_batch", "lamb", tables.large_batch_lines),
-        ("memory", "eight_bit_optimizers", tables.parity_lines),
+        ("large_batch", "large_batch", tables.large_batch_lines),
+        ("memory", "eight_bit_optimizer", tables.parity_lines),
     ):
         for result in tables.stored(results, kind):
             assert make(result) in (ROOT / "docs" / f"{card}.md").read_text()
@@ -163,12 +163,12 @@ def test_flags_behind_two_dashes_are_those_of_every_run(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["savings.py", "bert_token_skip", f"--runs={tmp_path}", "--", "--data.corpus=books", "--model.depth=2"],
+        ["savings.py", "bert_token_dropping", f"--runs={tmp_path}", "--", "--data.corpus=books", "--model.depth=2"],
     )
     with pytest.raises(ZeroDivisionError):
         savings.main()
     assert len(asked) == 3  # the first runs of a sweep: its rates
-    own = PRESETS["bert_token_skip"]["cpu"].flags
+    own = PRESETS["bert_token_dropping"]["cpu"].flags
     assert all(flags[: len(own) + 2] == [*own, "--data.corpus=books", "--model.depth=2"] for flags in asked)
 
 
@@ -244,9 +244,9 @@ def test_recipes_that_train_the_same_without_their_technique_share_the_baseline(
         return savings.Sweep(recipe, "cpu", preset, tmp_path / recipe, None, 1).home(True)
 
     stacking = home("bert_progressive_stack")
-    assert home("bert_token_skip") == stacking
-    assert home("bert_token_skip", flags=["--model.depth=4"]) != stacking
-    assert home("gpt_length_warmup") != stacking
+    assert home("bert_token_dropping") == stacking
+    assert home("bert_token_dropping", flags=["--model.depth=4"]) != stacking
+    assert home("gpt_sequence_length_warmup") != stacking
 
 
 def test_wall_times_of_different_sweeps_are_not_compared():

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from lit_scale.callbacks import DynamicSparsity, GradientNoiseScale, ImportanceSampling, ProgressiveStacking
 from lit_scale.callbacks.dynamic_sparsity import drop_and_grow, drop_share, swap_in_fours
 from lit_scale.cost import CostMeter
+from lit_scale.factors.units import UnitGroup
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
 from lit_scale.technique import averages
-from lit_scale.units import UnitGroup
 from tests.foreign_models import (
     DEPTH,
     LENGTH,

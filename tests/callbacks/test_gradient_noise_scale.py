@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from lit_scale.batches import count_samples
 from lit_scale.callbacks import (
     BatchRamp,
     GradientNoiseScale,
@@ -21,7 +22,6 @@ from lit_scale.callbacks.gradient_noise_scale import signal_and_noise
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.guards import SafeCheckpointIO, StepSeed
-from lit_scale.samples import count_samples
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
 from tests.sized_models import image_model, sized_loader
 

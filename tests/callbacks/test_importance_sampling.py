@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_scale.batches import count_samples
 from lit_scale.callbacks import (
     ImportanceSampling,
     ProgressiveStacking,
@@ -22,9 +23,8 @@ from lit_scale.callbacks import (
 from lit_scale.callbacks.importance_sampling import draw, variance_ratio
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
+from lit_scale.factors.scores import output_gradients
 from lit_scale.guards import StepSeed
-from lit_scale.samples import count_samples
-from lit_scale.scores import output_gradients
 from tests.foreign_models import FOREIGN, OPTIMIZERS, build, loader, quiet_trainer, save_every_step, tiny_bert
 from tests.sized_models import image_model, sized_loader
 

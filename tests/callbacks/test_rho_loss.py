@@ -6,12 +6,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lit_scale.batches import count_samples
 from lit_scale.callbacks import RhoLoss
 from lit_scale.callbacks.rho_loss import top_reducible
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from lit_scale.samples import count_samples
 from tests.foreign_models import PlainTorch, build, loader, quiet_trainer, save_every_step, tiny_bert
 from tests.sized_models import image_model, sized_loader
 

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_scale.batches import count_samples
 from lit_scale.callbacks import ImportanceSampling, RhoLoss, SelectiveBackprop
 from lit_scale.guards import StepSeed
-from lit_scale.samples import count_samples
 from tests.foreign_models import OPTIMIZERS, quiet_trainer, save_every_step
 from tests.sized_models import image_model, sized_loader
 

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_scale.batches import count_samples
 from lit_scale.callbacks import SelectiveBackprop
 from lit_scale.callbacks.selective_backprop import select_by_percentile
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
-from lit_scale.samples import count_samples
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_scale.blocks import find_blocks
 from lit_scale.callbacks import ProgressiveStacking, TokenDropping
 from lit_scale.callbacks.token_dropping import growing_share
 from lit_scale.cost import CostMeter
+from lit_scale.factors.blocks import find_blocks
+from lit_scale.factors.token_choice import running_loss
+from lit_scale.factors.tokens import release_tokens
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from lit_scale.token_choice import running_loss
-from lit_scale.tokens import release_tokens
 from tests.foreign_models import (
     LENGTH,
     VOCABULARY,
@@ -283,7 +283,7 @@ def test_random_dropping_serves_any_network(name: str, tmp_path: Path) -> None:
 
 
 def test_the_class_token_is_always_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_scale import tokens
+    from lit_scale.factors import tokens
 
     kept: list[Tensor] = []
     begin = tokens.TokenSpan.begin

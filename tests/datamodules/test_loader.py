@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
-from lit_scale.datamodules.loader import ResumableLoader, data_ranks, derive_seed
+from lit_scale.datamodules.loader import ResumableLoader, data_ranks
+from lit_scale.seeds import derive_seed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),

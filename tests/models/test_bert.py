@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lit_scale.blocks import find_blocks
+from lit_scale.factors.blocks import find_blocks
 from lit_scale.models import BertMLM
 
 pytestmark = pytest.mark.filterwarnings(

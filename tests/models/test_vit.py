@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lit_scale.blocks import find_blocks
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.cli import Recipe, RecipeCLI, run_recipe
+from lit_scale.cli.report import saving_line
 from lit_scale.datamodules import ImageDataModule
+from lit_scale.factors.blocks import find_blocks
 from lit_scale.models import ViTClassifier
-from lit_scale.report import saving_line
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec"

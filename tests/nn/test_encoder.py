@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lit_scale.blocks import find_blocks
+from lit_scale.factors.blocks import find_blocks
 from lit_scale.nn import Encoder, EncoderBlock, FeedForward, PostNorm, PreNorm, Residual, normal_init
 
 B, T, C, H = 3, 7, 24, 4

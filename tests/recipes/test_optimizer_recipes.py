@@ -14,13 +14,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NETWORK = ["--model.depth=2", "--model.num_heads=2", "--data.sequence_length=16", "--data.batch_size=4"]
 FLAGS = {
-    "bert_lamb_large_batch": [
+    "bert_large_batch": [
         *NETWORK,
         "--model.width=16",
         "--trainer.limit_train_batches=32",
         "--large_batch.times=4",
     ],
-    "gpt_8bit_adamw": [*NETWORK, "--model.width=128", "--trainer.max_steps=8"],
+    "gpt_eight_bit_optimizer": [*NETWORK, "--model.width=128", "--trainer.max_steps=8"],
 }
 
 
@@ -44,9 +44,9 @@ def run(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def test_lamb_takes_as_many_samples_in_fewer_steps(run: Any, tmp_path: Path, capsys: Any) -> None:
-    assert run("bert_lamb_large_batch", "--compare") == 0
+    assert run("bert_large_batch", "--compare") == 0
     printed = capsys.readouterr()
-    baseline, large = json.loads((tmp_path / "runs/bert_lamb_large_batch/comparison.json").read_text()).values()
+    baseline, large = json.loads((tmp_path / "runs/bert_large_batch/comparison.json").read_text()).values()
     assert (baseline["steps"], large["steps"]) == (32, 8)
     assert baseline["samples"] == large["samples"] == 128
     assert large["metrics"]["val/loss"] < large["curve"][0]["metrics"]["val/loss"]
@@ -57,9 +57,9 @@ def test_lamb_takes_as_many_samples_in_fewer_steps(run: Any, tmp_path: Path, cap
 
 
 def test_8_bit_state_is_smaller_and_the_loss_as_good(run: Any, tmp_path: Path, capsys: Any) -> None:
-    assert run("gpt_8bit_adamw", "--compare") == 0
+    assert run("gpt_eight_bit_optimizer", "--compare") == 0
     printed = capsys.readouterr()
-    plain, small = json.loads((tmp_path / "runs/gpt_8bit_adamw/comparison.json").read_text()).values()
+    plain, small = json.loads((tmp_path / "runs/gpt_eight_bit_optimizer/comparison.json").read_text()).values()
     assert small["optimizer_state_bytes"] < 0.35 * plain["optimizer_state_bytes"]
     assert small["flops"] == plain["flops"]
     assert small["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], rel=0.02)
@@ -99,6 +99,6 @@ def test_no_file_is_saved_inside_a_step(run: Any, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelCheckpoint, "_save_last_checkpoint", noted)
-        assert run("bert_lamb_large_batch", *every) == 0
+        assert run("bert_large_batch", *every) == 0
     assert seen
     assert all(batches % 4 == 0 for batches in seen)

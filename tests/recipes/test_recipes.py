@@ -16,16 +16,16 @@ TEXT = [*NETWORK, "--data.sequence_length=16", "--data.batch_size=4", "--data.ma
 IMAGES = [*NETWORK, "--data.image_size=16", "--data.batch_size=8", "--data.max_val_images=32"]
 DECODER = ["--model.decoder_depth=1", "--model.decoder_width=8", "--model.decoder_heads=2"]
 FLAGS = {
-    "bert_dynamic_sparse": [*TEXT, "--dynamic_sparsity.density=0.5"],
-    "gpt_length_warmup": TEXT,
+    "bert_dynamic_sparsity": [*TEXT, "--dynamic_sparsity.density=0.5"],
+    "gpt_sequence_length_warmup": TEXT,
     "vit_patch_dropping": IMAGES,
     "vit_resolution_growing": IMAGES,
     "vit_importance_sampling": IMAGES,
     "vit_importance_sampling_text": ["--task=text", *TEXT],
     "vit_selective_backprop": IMAGES,
-    "mae_token_skip": [*IMAGES, *DECODER, "--trainer.callbacks=null"],
+    "mae_masked_token_skip": [*IMAGES, *DECODER, "--trainer.callbacks=null"],
     "bert_all_in_one": [*TEXT, "--model.depth=4"],
-    "bert_token_skip": [*TEXT, "--model.depth=4"],
+    "bert_token_dropping": [*TEXT, "--model.depth=4"],
     "vit_all_in_one": IMAGES,
 }
 
@@ -46,8 +46,8 @@ def test_every_recipe_that_trains_is_here() -> None:
     trains = {path.stem for path in (ROOT / "recipes").glob("*.py") if "run_recipe" in path.read_text()}
     own = {
         "bert_progressive_stack",
-        "bert_lamb_large_batch",
-        "gpt_8bit_adamw",
+        "bert_large_batch",
+        "gpt_eight_bit_optimizer",
         "vit_rho_loss",
     }  # have tests of their own
     assert {recipe.removesuffix("_text") for recipe in FLAGS} == trains - own

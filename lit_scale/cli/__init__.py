@@ -1,0 +1,6 @@
+"""Recipes on the command line: their flags, the run's folder, and what it reports."""
+
+from lit_scale.cli.flags import RecipeCLI
+from lit_scale.cli.recipe import Recipe, run_recipe
+
+__all__ = ["Recipe", "RecipeCLI", "run_recipe"]

@@ -1,0 +1,127 @@
+"""Steps: how many micro-batches make an optimizer step, and where in a run that number changes.
+
+A plan is a list of *windows* (first optimizer step, micro-batches of each step from there on), ascending. Lightning
+counts micro-batches from the beginning of each epoch and steps at multiples of the number in force, so a window can
+begin only where the count is a multiple of its own number; since every number is a multiple of the one before, that
+moment always comes.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+from lit_scale.progress import Windows, batches_after
+
+__all__ = [
+    "accumulate",
+    "check_epoch",
+    "micro_batches",
+    "plan_windows",
+    "restore_accumulation",
+]
+
+_OWN = "_lit_scale_accumulation"  # where a Trainer keeps its own number while it is changed
+
+
+def micro_batches(batch: int, each: int, what: str = "batch") -> int:
+    """How many micro-batches a global batch takes.
+
+    Args:
+        batch: Samples of an optimizer step, over all ranks.
+        each: Samples of a micro-batch, over all ranks.
+        what: The argument's name, for the message.
+
+    Raises:
+        ValueError: It does not divide; the message names the batches nearest to it that do.
+
+    Example:
+        >>> micro_batches(512, 64)
+        8
+        >>> micro_batches(100, 64)
+        Traceback (most recent call last):
+        ValueError: batch=100 is no multiple of the 64 samples that all ranks take at once; use 64 or 128
+    """
+    if batch < 1 or batch % each:
+        below, above = batch // each * each, -(-batch // each) * each
+        near = f"{below} or {above}" if below > 0 else f"{max(above, each)}"
+        raise ValueError(f"{what}={batch} is no multiple of the {each} samples that all ranks take at once; use {near}")
+    return batch // each
+
+
+def plan_windows(
+    starts: Sequence[float], sizes: Sequence[int], *, max_steps: int = -1, batches: float = math.inf
+) -> list[tuple[int, int]]:
+    """The windows of a ramp: at which optimizer step each stage begins.
+
+    A stage is due when the run's progress reaches its start, in optimizer steps where these limit the run, in
+    micro-batches where epochs do, whichever is further; it begins at the next step that its size allows.
+
+    Args:
+        starts: Fractions of the run, ascending from 0.
+        sizes: Micro-batches of a step in each stage, each a multiple of the one before.
+        max_steps: Optimizer steps of the run; -1 for no such limit.
+        batches: Micro-batches of the run, over all epochs.
+
+    Example:
+        >>> plan_windows([0.0, 0.5], [1, 4], max_steps=10)  # due at step 5, which 5 micro-batches do not allow
+        [(0, 1), (8, 4)]
+        >>> plan_windows([0.0, 0.5], [1, 4], batches=80)  # half of the data, in 40 steps, the rest in 10
+        [(0, 1), (40, 4)]
+    """
+    windows = [(0, sizes[0])]
+    taken = 0  # micro-batches before the window
+    for start, size in zip(starts[1:], sizes[1:], strict=True):
+        first, each = windows[-1]
+
+        def done(step: int, first: int = first, each: int = each, taken: int = taken) -> float:
+            spent = taken + (step - first) * each
+            return max(step / max_steps if max_steps > 0 else 0.0, spent / batches)
+
+        last = max_steps if max_steps > 0 else first + math.ceil((batches - taken) / each)
+        due = bisect_left(range(last + 1), start, lo=first, key=done)
+        while (taken + (due - first) * each) % size:
+            due += 1
+        taken += (due - first) * each
+        windows.append((due, size))
+    return windows
+
+
+def accumulate(trainer: Any, number: int) -> None:
+    """Let an optimizer step take so many micro-batches, until :func:`restore_accumulation`."""
+    trainer.__dict__.setdefault(_OWN, trainer.accumulate_grad_batches)
+    trainer.accumulate_grad_batches = number
+
+
+def restore_accumulation(trainer: Any) -> None:
+    """Give the Trainer the number back that it was made with, whoever has changed it and however often."""
+    trainer.accumulate_grad_batches = trainer.__dict__.pop(_OWN, trainer.accumulate_grad_batches)
+
+
+def check_epoch(trainer: Any, windows: Windows) -> None:
+    """Refuse an epoch that ends inside a step, where Lightning would make a step of what there is.
+
+    That step's gradient would be too small by the missing share, and the next epoch begin a window of its own.
+
+    Args:
+        trainer: A Trainer whose loaders exist.
+        windows: How many micro-batches its steps take.
+
+    Raises:
+        ValueError: The run meets the end of an epoch that does not divide.
+    """
+    epoch, largest = trainer.num_training_batches, windows[-1][1]
+    limited = trainer.max_steps > 0 and batches_after(windows, trainer.max_steps) < epoch
+    if epoch == math.inf or epoch % largest == 0 or limited:
+        return
+    if epoch < largest:
+        raise ValueError(
+            f"an optimizer step takes {largest} batches, but an epoch has only {epoch}; accumulate fewer, or make them "
+            "larger in the loader"
+        )
+    raise ValueError(
+        f"an epoch of {epoch} batches ends inside an optimizer step of {largest}; pass "
+        f"Trainer(limit_train_batches={epoch // largest * largest})"
+    )

@@ -1,0 +1,332 @@
+"""Units: let only some neurons and attention heads of a network be computed.
+
+    x -> act(x @ in[rows].T) @ out[:, columns].T
+
+A unit is a set of rows of the matrices that lead into it, and of columns of the one that leads out of it. The network
+is not rebuilt: the linear layers multiply with the rows and columns of the units that are shown, gathered in the
+forward pass, so products are shorter, in backward too, while parameters keep names and shapes and what is left out gets
+a gradient of exactly 0. With a unit's weights at 0 the plain network computes the same function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_scale.factors.blocks import BlockStack
+
+__all__ = ["UnitGroup", "UnitKind", "find_units"]
+
+UnitKind = Literal["all", "neurons", "heads"]
+
+
+class _Shown:
+    """The rows or columns of a matrix that are multiplied with; None for all."""
+
+    index: Tensor | None = None
+
+
+def _into(linear: nn.Linear, shown: _Shown, x: Tensor) -> Tensor:
+    """Forward of a layer that leads into units."""
+    if shown.index is None:
+        return F.linear(x, linear.weight, linear.bias)
+    bias = None if linear.bias is None else linear.bias.index_select(0, shown.index)
+    return F.linear(x, linear.weight.index_select(0, shown.index), bias)
+
+
+def _out_of(linear: nn.Linear, shown: _Shown, x: Tensor) -> Tensor:
+    """Forward of the layer that leads out of units."""
+    weight = linear.weight if shown.index is None else linear.weight.index_select(1, shown.index)
+    return F.linear(x, weight, linear.bias)
+
+
+class UnitGroup:
+    """The neurons of a feed-forward layer, or the heads of an attention.
+
+    Attributes:
+        active: Which units are, (units,).
+
+    Args:
+        name: Path of the layer that leads out of the units.
+        kind: What a unit is, for messages.
+        ins: The layers that lead into the units.
+        out: The layer that leads out of them.
+        rows: For each layer that leads in, the rows of each unit, (units, rows).
+        columns: The columns of each unit, (units, columns).
+        owner: The part of the network whose attributes ``sizes`` count units.
+        sizes: Attribute names, with what they count of each unit.
+
+    Example:
+        >>> up, down = nn.Linear(2, 3), nn.Linear(3, 2)
+        >>> each = torch.arange(3)[:, None]
+        >>> group = UnitGroup("down", "neurons", [up], down, [each], each)
+        >>> group.attach()
+        >>> group.show(torch.tensor([True, False, True]))
+        >>> up(torch.ones(1, 2)).shape, down(up(torch.ones(1, 2))).shape
+        (torch.Size([1, 2]), torch.Size([1, 2]))
+        >>> group.release()
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        ins: Sequence[nn.Linear],
+        out: nn.Linear,
+        rows: Sequence[Tensor],
+        columns: Tensor,
+        owner: nn.Module | None = None,
+        sizes: dict[str, int] | None = None,
+    ) -> None:
+        self.name, self.kind = name, kind
+        self.ins, self.out, self.rows, self.columns = list(ins), out, list(rows), columns
+        self.owner, self.sizes = owner, sizes or {}
+        self.active = torch.ones(len(columns), dtype=torch.bool)
+        self._shown = [_Shown() for _ in self.ins], _Shown()
+        self._own: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that they had of their own
+
+    @property
+    def key(self) -> nn.Parameter:
+        """The parameter by which copies between blocks are told."""
+        return cast(nn.Parameter, self.out.weight)
+
+    # -- computing some of them ---------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Let the layers multiply with the shown units only, from :meth:`show` on."""
+        into, out_of = self._shown
+        for linear, forward, shown in [
+            *((one, _into, shown) for one, shown in zip(self.ins, into, strict=True)),
+            (self.out, _out_of, out_of),
+        ]:
+            self._own.append((linear, linear.__dict__.get("forward")))
+            linear.__dict__["forward"] = partial(forward, linear, shown)
+
+    def release(self) -> None:
+        """Give the layers their own forward back."""
+        self.show(None)
+        for linear, own in self._own:
+            linear.__dict__.pop("forward", None)
+            if own is not None:
+                linear.__dict__["forward"] = own
+        self._own = []
+
+    def show(self, units: Tensor | None) -> None:
+        """Compute these units (units,) only; None for all."""
+        into, out_of = self._shown
+        device = self.out.weight.device
+        for shown, index in zip([*into, out_of], [*self.rows, self.columns], strict=True):
+            shown.index = None if units is None else index[units].flatten().sort().values.to(device)
+        count = len(self.active) if units is None else int(units.sum())
+        for attribute, each in self.sizes.items():
+            setattr(self.owner, attribute, count * each)
+
+    # -- their weights ------------------------------------------------------------------------------------------------
+
+    def magnitude(self) -> Tensor:
+        """2-norm of the weights that lead into each unit, times that of those that lead out of it, (units,).
+
+        The product is what a unit adds to the stream, but for its activation, and is 0 for one that has just grown.
+        """
+        into, out_of = self._squares([one.weight.detach() for one in self.ins], self.out.weight.detach())
+        return (into * out_of).sqrt()
+
+    def growth(self) -> Tensor | None:
+        """2-norm of the gradient of all weights of each unit, (units,); None where the layer did not run."""
+        gradients = [one.weight.grad for one in self.ins if one.weight.grad is not None]
+        if self.out.weight.grad is None or len(gradients) < len(self.ins):
+            return None
+        into, out_of = self._squares(gradients, self.out.weight.grad)
+        return (into + out_of).sqrt()
+
+    def _squares(self, into: Sequence[Tensor], out_of: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares of what leads into and out of each unit, both (units,)."""
+        sums = [v.square().sum(1).cpu()[rows].sum(1) for v, rows in zip(into, self.rows, strict=True)]
+        return torch.stack(sums).sum(0), out_of.square().sum(0).cpu()[self.columns].sum(1)
+
+    def masks(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Masks of all parameters of the units: rows (R, 1) with their biases (R,), and columns (1, C)."""
+        found: list[tuple[nn.Parameter, Tensor]] = []
+        for linear, rows in zip(self.ins, self.rows, strict=True):
+            mask = self._spread(rows, linear.out_features)
+            found.append((cast(nn.Parameter, linear.weight), mask[:, None]))
+            found += [(linear.bias, mask)] if linear.bias is not None else []
+        return [*found, (self.key, self._spread(self.columns, self.out.in_features)[None])]
+
+    def _spread(self, index: Tensor, size: int) -> Tensor:
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[index[self.active].flatten()] = True
+        return mask
+
+    def draw(self, generator: torch.Generator) -> list[Tensor]:
+        """New weights into every unit, for each layer (R, inputs): normal, on average as large as the active ones'."""
+        drawn = []
+        for linear, rows in zip(self.ins, self.rows, strict=True):
+            mine = linear.weight.detach()[rows[self.active].flatten().to(linear.weight.device)]
+            normal = torch.randn(linear.weight.shape, generator=generator).to(mine)
+            drawn.append(normal * mine.square().mean().sqrt())
+        return drawn
+
+    @torch.no_grad()
+    def fill(self, units: Tensor, drawn: Sequence[Tensor]) -> None:
+        """Let these units (units,) have the drawn weights leading in; those that lead out stay as they are."""
+        for linear, rows, new in zip(self.ins, self.rows, drawn, strict=True):
+            index = rows[units].flatten().to(new.device)
+            linear.weight[index] = new[index]
+
+
+# -- finding them -----------------------------------------------------------------------------------------------------
+
+
+def find_units(stack: BlockStack, kind: UnitKind = "all") -> list[UnitGroup]:
+    """The units of a network's blocks.
+
+    Neurons are those between two linear layers, the first of which may be two side by side (gated), where the channels
+    between are not as many as those around. Heads are those of our own attention, of timm's ``Attention``, and of
+    Hugging Face's attentions of the form that BERT's has; those of others stay as they are.
+
+    Args:
+        stack: The blocks.
+        kind: Which of them.
+
+    Raises:
+        ValueError: If there are none, two of them share weights, or something else has weights for each of a layer's
+            neurons.
+    """
+    groups: list[UnitGroup] = []
+    for label, block in zip(stack.container._modules, stack.blocks, strict=True):
+        path = f"{stack.path}.{label}"
+        groups += _heads(path, block) if kind != "neurons" else []
+        groups += _neurons(path, block) if kind != "heads" else []
+    found = [g for g in groups if all(p.requires_grad for p, _ in g.masks())]
+    if not found:
+        what = "attention heads" if kind == "heads" else "feed-forward neurons"
+        raise ValueError(
+            f"found no {what} to leave out in {stack!r}: neurons stand between two trained nn.Linear, heads in the "
+            "attention of lit_scale, timm or Hugging Face's BERT; use granularity='weight'"
+        )
+    return _unshared(stack, found)
+
+
+def _unshared(stack: BlockStack, groups: Iterable[UnitGroup]) -> list[UnitGroup]:
+    """Those of blocks that are one and the same, once; a weight of two groups would be masked for each of them."""
+    kept: dict[frozenset[int], UnitGroup] = {}
+    for group in groups:
+        weights = [one.weight for one in [*group.ins, group.out]]
+        mine = frozenset(map(id, weights))
+        for theirs in kept:
+            if mine != theirs and mine & theirs:
+                shared = next(weight for weight in weights if id(weight) in theirs)
+                named = stack.container.named_parameters(stack.path, remove_duplicate=False)
+                first, second, *_ = [name for name, parameter in named if parameter is shared]
+                raise ValueError(
+                    f"{first!r} and {second!r} are one weight (tied), but other weights of their units are not, so "
+                    "units cannot be left out of one without the other; share all layers of the units or none, or use "
+                    "granularity='weight'"
+                )
+        kept.setdefault(mine, group)
+    return list(kept.values())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or any(
+        hasattr(module, name) for name in ("qkv", "query", "q_proj")
+    )
+
+
+def _neurons(path: str, block: nn.Module) -> Iterator[UnitGroup]:
+    """Those of the block's feed-forward layers, told by the order and the widths of its linear layers.
+
+    Queries, keys and values may look alike, but are three, or stand beside others; feed-forward layers are one or two,
+    and nothing else of their parent stands between the sublayer before and the layer that leads out of the neurons.
+    """
+    attentions = [module for module in block.modules() if _is_attention(module)]
+    inside = {id(part) for module in attentions for part in module.modules()}
+    linears = [(name, m) for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in inside]
+    widths = [{m.in_features, m.out_features} for m in block.modules() if isinstance(m, nn.Linear)]
+    begin = 0  # behind the sublayer before
+    for place, (name, down) in enumerate(linears):
+        hidden, width = down.in_features, down.out_features
+        ahead = sum(width in pair for pair in widths) - sum(hidden in pair for pair in widths)
+        if ahead < 0:  # most layers lead from or to the stream, so this one leads away from it
+            continue
+        before = linears[begin:place]
+        ups = [one for one in before if _parent(one) == _parent(before[-1])]
+        fits = [(up.in_features, up.out_features) == (width, hidden) for _, up in ups]
+        if hidden == width or ahead > 0 or any(fits[-1:]):
+            begin = place + 1
+        if hidden == width or len(ups) not in (1, 2) or not all(fits) or _goes_on(ups, linears[place:]):
+            continue
+        _check_between(path, block, [*(up for up, _ in ups), name], hidden)
+        each = torch.arange(hidden)[:, None]
+        yield UnitGroup(f"{path}.{name}", "neurons", [up for _, up in ups], down, [each] * len(ups), each)
+
+
+def _parent(named: tuple[str, nn.Linear]) -> str:
+    return named[0].rpartition(".")[0]
+
+
+def _goes_on(ups: Sequence[tuple[str, nn.Linear]], rest: Sequence[tuple[str, nn.Linear]]) -> bool:
+    """Whether others like the ups stand behind what leads out, but nothing that leads out of those: LLaMA's gates."""
+    up, down = ups[0], rest[0]
+    more = list(takewhile(lambda one: _parent(one) == _parent(up) == _parent(down) and _alike(one, up), rest[1:]))
+    return bool(more) and not any(_alike(one, down) for one in rest[len(more) + 1 : len(more) + 2])
+
+
+def _alike(one: tuple[str, nn.Linear], other: tuple[str, nn.Linear]) -> bool:
+    return one[1].weight.shape == other[1].weight.shape
+
+
+def _check_between(path: str, block: nn.Module, names: Sequence[str], hidden: int) -> None:
+    """Refuse a norm, or anything else with weights of its own, for each neuron."""
+    common = names[0].split(".")
+    while not all(name.split(".")[: len(common)] == common for name in names):
+        common = common[:-1]
+    for below, part in block.get_submodule(".".join(common)).named_modules():
+        if not isinstance(part, nn.Linear) and any(p.shape == (hidden,) for p in part.parameters(recurse=False)):
+            where = ".".join([path, *common, below])
+            raise ValueError(f"{where} has weights for each of {hidden} neurons, so none can be left out; use 'heads'")
+
+
+def _heads(path: str, block: nn.Module) -> Iterator[UnitGroup]:
+    for name, module in block.named_modules():
+        fused = getattr(module, "qkv", None)
+        out = getattr(module, "out", None) or getattr(module, "proj", None)
+        if isinstance(fused, nn.Linear) and isinstance(out, nn.Linear) and _is_resizable(module):
+            heads, width = module.num_heads, module.head_dim
+            columns = torch.arange(heads * width).view(heads, width)
+            rows = torch.cat([columns + part * heads * width for part in range(3)], 1)
+            sizes = {"num_heads": 1} | ({"attn_dim": width} if hasattr(module, "attn_dim") else {})
+            yield UnitGroup(f"{path}.{name}", "heads", [fused], out, [rows], columns, module, sizes)
+        out = getattr(getattr(module, "output", None), "dense", None)
+        if not isinstance(out, nn.Linear):
+            continue
+        for child in module.children():
+            parts = [part for part in map(child._modules.get, ("query", "key", "value")) if isinstance(part, nn.Linear)]
+            width = getattr(child, "attention_head_size", None)
+            only = {id(p) for part in parts for p in part.parameters()} == {id(p) for p in child.parameters()}
+            if len(parts) == 3 and width and only and {part.out_features for part in parts} == {out.in_features}:
+                columns = torch.arange(out.in_features).view(-1, width)
+                sizes = {"num_attention_heads": 1, "all_head_size": width}
+                yield UnitGroup(f"{path}.{name}", "heads", parts, out, [columns] * 3, columns, child, sizes)
+
+
+def _is_resizable(module: nn.Module) -> bool:
+    """Whether an attention with one matrix for queries, keys and values runs with fewer heads when told so.
+
+    A class says so by an attribute ``resizable = True``: it has layers ``qkv`` and ``out``, and its forward reads
+    ``num_heads`` and ``head_dim``. timm's is known by its class.
+    """
+    if getattr(type(module), "resizable", False):
+        return True
+    timm = sys.modules.get("timm.layers.attention")
+    if timm is None or type(module) is not timm.Attention or not hasattr(module, "attn_dim"):
+        return False
+    return getattr(module, "gate", None) is None and isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
