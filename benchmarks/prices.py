@@ -10,6 +10,7 @@ import time
 from datetime import date
 from typing import Any
 
+import numpy as np
 from provenance import ROOT
 from tasks import Task
 
@@ -39,9 +40,10 @@ def model_and_data(task: Task, size: str) -> tuple[Any, Any]:
     return made.model, made.datamodule
 
 
-def measure(task: Task, rounds: int = 15, core: int | None = None) -> dict[str, Any]:
+def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, Any]:
     """Relative prices of all sizes, with the standard deviation of their logarithms, and the unit's seconds."""
     import torch
+
     from lit_scale.factors.optimizers import create_optimizer
     from lit_scale.restoring import unnoticed
 
@@ -82,21 +84,24 @@ def measure(task: Task, rounds: int = 15, core: int | None = None) -> dict[str, 
                 spent = (time.perf_counter() - begun) / repeats + wait
             if round_ or not seconds[size]:
                 seconds[size].append(spent)
-    seconds = {size: own[1:] for size, own in seconds.items()}  # the first warms up
-    prices = {}
-    for size, own in seconds.items():
-        import math
+    timed = np.array([own[1:] for own in seconds.values()])  # (sizes, rounds); the first warms up
+    unit = list(seconds).index(task.unit)
 
-        ratios = [math.log(a / b) for a, b in zip(own, seconds[task.unit], strict=True)]
-        spread = 0.0 if size == task.unit else 1.25 * statistics.stdev(ratios) / math.sqrt(len(ratios))
-        prices[size] = {
-            "price": round(math.exp(statistics.median(ratios)), 4),
-            "log_sd": round(spread, 5),
-            "parameters": parameters[size],
-        }
+    def ratios(chosen: np.ndarray) -> np.ndarray:
+        """Logarithms of the prices; of the faster half of the rounds, which nothing else on the machine disturbed."""
+        quick = np.quantile(timed[:, chosen], 0.25, axis=1)
+        return np.log(quick / quick[unit])
+
+    rounds = timed.shape[1]
+    generator = np.random.default_rng(0)
+    spread = np.std([ratios(generator.integers(rounds, size=rounds)) for _ in range(400)], axis=0)
+    prices = {
+        size: {"price": round(float(np.exp(ratio)), 4), "log_sd": round(float(sd), 5), "parameters": parameters[size]}
+        for size, ratio, sd in zip(seconds, ratios(np.arange(rounds)), spread, strict=True)
+    }
     return {
         "unit": task.unit,
-        "unit_seconds": statistics.median(seconds[task.unit]),
+        "unit_seconds": float(np.quantile(timed[unit], 0.25)),
         "sizes": prices,
         "rounds": rounds,
         "date": date.today().isoformat(),

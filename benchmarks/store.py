@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from provenance import code_digest
+
 from runs import Run
 
 __all__ = ["Store"]
@@ -52,12 +53,11 @@ class Store:
 
     def save(self) -> None:
         """Write the file in one piece, an entry a line."""
-        rest = {name: value for name, value in self.data.items() if name != "runs"}
         lines = ",\n".join(json.dumps(entry) for entry in self.runs)
-        text = json.dumps(rest, indent=1)[:-2].rstrip()
-        text = text + ("," if len(rest) else "") + f'\n "runs": [\n{lines}\n]}}\n'
+        rest = json.dumps({name: value for name, value in self.data.items() if name != "runs"} | {"runs": []}, indent=1)
+        head, _, tail = rest.rpartition("[]")
+        text = f"{head}[\n{lines}\n]{tail}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text(text)
-        json.loads(text)
         temporary.replace(self.path)
