@@ -3,9 +3,9 @@
     python benchmarks/overhead.py
 
 Each callback is measured in two ways, in runs of its own that alternate with runs without it: the time spent inside its
-hooks, per step, once the meter has priced the shape and only counts; and the ratio of whole runs with it to those
-without, which also holds what a stopwatch on the hooks cannot see, but is as noisy as the machine. There is one thread,
-and runs are compared by its own time, so that other processes do not matter.
+hooks, per step, once the meter has priced the kind of step and only counts; and the ratio of whole runs with it to
+those without, which also holds what a stopwatch on the hooks cannot see, but is as noisy as the machine. There is one
+thread, and runs are compared by its own time, so that other processes do not matter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lit_scale.guards import FiniteGuard, PreemptionGuard, StepSeed
 from lit_scale.models import BertMLM
 
 RESULTS = Path(__file__).parent / "results"
-IDLE = 40  # steps until the meter has timed the shape and stops the clock
+IDLE = 40  # steps until the meter has timed the kind of step and stops the clock
 HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",

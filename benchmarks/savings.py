@@ -252,18 +252,18 @@ def plain_prices(records: Iterable[dict[str, Any]]) -> float:
 
 def plain_price(record: dict[str, Any]) -> float | None:
     """A run's own seconds of the plain step, the most frequent if there are several; None if it made none."""
-    plain = [s for s in record["shapes"] if s["kind"] == "train" and s["plain"] and s["update"]]
-    return max(plain, key=lambda shape: shape["count"])["seconds_each"] if plain else None
+    plain = [s for s in record["step_kinds"] if s["phase"] == "train" and s["plain"] and s["update"]]
+    return max(plain, key=lambda kind: kind["count"])["seconds_each"] if plain else None
 
 
 def costs(record: dict[str, Any], plain: float) -> dict[str, float]:
     """A run's cost on each clock.
 
-    Reference seconds rest on ratios: within a run all shapes of step were timed in turn, so the price of each relative
+    Reference seconds rest on ratios: within a run all kinds of step were timed in turn, so the price of each relative
     to the run's own plain step does not depend on what else the machine did; the plain step's price is common to all.
     """
-    steps = [shape for shape in record["shapes"] if shape["kind"] == "train"]
-    own = sum(shape["count"] * shape["seconds_each"] for shape in steps)
+    steps = [kind for kind in record["step_kinds"] if kind["phase"] == "train"]
+    own = sum(kind["count"] * kind["seconds_each"] for kind in steps)
     charged = sum(one["seconds"] for one in record["charges"].values())
     sparse = {"sparse_flops": float(record["sparse_flops"])} if "sparse_flops" in record else {}
     return {
@@ -431,7 +431,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             "metrics": record["metrics"] | {name: record[name] for name in preset.accuracies},
             **{name: record.get(name) for name in tables.REFERENCES},
             **costs(record, plain),
-            "shapes": record["shapes"],
+            "step_kinds": record["step_kinds"],
             "charges": record["charges"],
             "stages": record["stages"],
         }

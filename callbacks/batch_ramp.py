@@ -177,13 +177,13 @@ class BatchRamp(Technique):
         """A step takes as many micro-batches as it would without the ramp."""
         return self._window == self._own
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Micro-batches of a step; what each of them costs shows in the shape of the batch."""
         return {"micro_batches": self._window}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Accumulate as many as that step did."""
-        self._window = shape["micro_batches"]
+        self._window = kind["micro_batches"]
         accumulate(trainer, self._window)
 
 

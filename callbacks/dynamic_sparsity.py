@@ -436,18 +436,18 @@ class DynamicSparsity(Technique):
         """Nothing is left out."""
         return self._off or self.density == 1.0
 
-    def plain_shape(self) -> dict[str, Any]:
+    def plain_step_kind(self) -> dict[str, Any]:
         """All weights are there."""
         return {"density": 1.0, "growing": False}
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """The density, and whether the dense gradient is needed."""
         return {"density": 1.0 if self._off else self.density, "growing": self._growing}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Let all units be present, or not, as in an earlier step."""
-        self._off = shape["density"] != self.density
-        self._prepare(shape["growing"])
+        self._off = kind["density"] != self.density
+        self._prepare(kind["growing"])
         if self._off and self.granularity == "unit":
             self._show(everything=True)
 

@@ -253,10 +253,10 @@ class ImportanceSampling(SampleChoice):
         """The gate is closed, nothing is looked at, and the batch is trained whole."""
         return self._gate == "closed" and self._loader is not None
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Whether samples are chosen, or at least looked at."""
         return {"gate": self._gate}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Choose as an earlier step did."""
-        self._gate = shape["gate"]
+        self._gate = kind["gate"]

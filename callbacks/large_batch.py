@@ -125,7 +125,7 @@ class LargeBatch(Technique):
 
     # -- the clock ----------------------------------------------------------------------------------------------------
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """How many times the batch is as large."""
         return {"batch_times": self.times}
 

@@ -60,17 +60,17 @@ class MaskedTokenSkip(Technique):
         """Whether the encoder runs over all patches, as it does without the technique."""
         return bool(self._model.encode_masked)
 
-    def plain_shape(self) -> dict[str, Any]:
+    def plain_step_kind(self) -> dict[str, Any]:
         """Hidden patches are encoded."""
         return {"encode_masked": True}
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Whether hidden patches are encoded."""
         return {"encode_masked": bool(self._model.encode_masked)}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Encode hidden patches or not."""
-        self._model.encode_masked = shape["encode_masked"]
+        self._model.encode_masked = kind["encode_masked"]
 
 
 def _find(module: LightningModule, path: str | None) -> nn.Module:

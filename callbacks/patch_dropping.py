@@ -142,17 +142,17 @@ class PatchDropping(Technique):
         """Nothing is dropped."""
         return self._now == 0.0
 
-    def plain_shape(self) -> dict[str, Any]:
+    def plain_step_kind(self) -> dict[str, Any]:
         """Nothing is dropped."""
         return {"dropped": 0.0}
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """The share of the patches that is dropped."""
         return {"dropped": self._now}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Drop as many patches as at an earlier step."""
-        self._drop(shape["dropped"])
+        self._drop(kind["dropped"])
 
 
 def _dropping_forward(

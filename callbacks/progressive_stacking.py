@@ -321,14 +321,14 @@ class ProgressiveStacking(Technique):
         """All blocks run, and all of them train (nothing is ever frozen in the last stage)."""
         return len(self._stack.active) == len(self._stack)
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Active blocks, and how many of them are frozen."""
         frozen = self._depths[self._stage - 1] if self.freeze_old and 0 < self._stage < len(self.stages) - 1 else 0
         return {"blocks": len(self._stack.active), "frozen": frozen}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Activate the blocks of an earlier stage, or of this one again, without copying anything."""
-        self._stage = self._depths.index(shape["blocks"])
+        self._stage = self._depths.index(kind["blocks"])
         self._activate(trainer, self._stage)
 
 

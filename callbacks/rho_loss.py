@@ -141,14 +141,14 @@ class RhoLoss(SampleChoice):
         """Only where the clock asks for it."""
         return self._plain
 
-    def plain_shape(self) -> dict[str, Any]:
+    def plain_step_kind(self) -> dict[str, Any]:
         """As many samples are trained, and none are scored."""
         return {"samples_kept": "unscored"}
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Share of the samples that is trained."""
         return {"samples_kept": "unscored" if self._plain else self.share}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Score no samples where a step is to be plain."""
-        self._plain = shape["samples_kept"] == "unscored"
+        self._plain = kind["samples_kept"] == "unscored"

@@ -111,10 +111,10 @@ class SelectiveBackprop(SampleChoice):
         """All samples are trained."""
         return not self._chooses
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Share of the samples that is trained."""
         return {"samples_kept": self.keep if self._chooses else 1.0}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Choose as an earlier step did."""
-        self._chooses = shape["samples_kept"] < 1.0
+        self._chooses = kind["samples_kept"] < 1.0

@@ -261,15 +261,15 @@ class TokenDropping(Technique):
         """All tokens run through all blocks."""
         return self._choice.kept == 1.0
 
-    def plain_shape(self) -> dict[str, Any]:
+    def plain_step_kind(self) -> dict[str, Any]:
         """The span keeps all tokens."""
         return {"kept": 1.0}
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """Share of the tokens that the span keeps."""
         return {"kept": self._choice.kept}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
         """Keep the share of an earlier step; which tokens, the step itself decides."""
         self._choice.forget()
-        self._choice.kept = shape["kept"]
+        self._choice.kept = kind["kept"]

@@ -72,16 +72,16 @@ class Technique(Callback):
         """Whether a training step now is exactly the one that a run without the technique makes, at the same price."""
         return False
 
-    def plain_shape(self) -> dict[str, Any] | None:
-        """The :meth:`step_shape` of a plain step, for the clock to price where a run makes none; None: it cannot."""
+    def plain_step_kind(self) -> dict[str, Any] | None:
+        """The :meth:`step_kind` of a plain step, for the clock to price where a run makes none; None: it cannot."""
         return None
 
-    def step_shape(self) -> dict[str, Any]:
-        """What, beside the batch, decides the cost of a training step now; the clock keeps one price for each."""
+    def step_kind(self) -> dict[str, Any]:
+        """What, beside the batch, decides the cost of a training step now; the clock keeps one price for each kind."""
         return {}
 
-    def impose_shape(self, trainer: Trainer, pl_module: LightningModule, shape: dict[str, Any]) -> None:
-        """Bring the model into the state that ``shape`` (of an earlier :meth:`step_shape`) was told in."""
+    def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
+        """Bring the model into the state that ``kind`` (an earlier :meth:`step_kind`) was told in."""
 
     def skipped_flops(self) -> int:
         """FLOPs of the training step at work that only a kernel for sparse matrices would leave out."""

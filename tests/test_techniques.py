@@ -219,32 +219,34 @@ def leaves(states: list[Any]) -> list[torch.Tensor]:
 def test_the_clock_times_the_steps_that_were_made(
     kind: type[Technique], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that is replayed to be timed multiplies what the step of that shape multiplied in training."""
+    """A step that is replayed to be timed multiplies what the step of that kind multiplied in training."""
     make, data, _ = WITH_STACKING.get(kind, WITH_STACKING[TokenDropping])
     technique, meter, replay = MAKE[kind](), CostMeter(repeats=1), lit_scale.cost.meter.replay_step
-    impose, replayed = technique.impose_shape, []
+    impose, imposed, multiplied = technique.impose_step_kind, [], []
 
-    def noted(trainer: Any, module: Any, shape: dict[str, Any]) -> None:
-        replayed.append([tuple(shape.items()), None])
-        impose(trainer, module, shape)
+    def noted(trainer: Any, module: Any, kind: dict[str, Any]) -> None:
+        imposed.append(kind)
+        impose(trainer, module, kind)
 
     def counted(*args: Any) -> None:
         with FlopCounterMode(display=False) as counter:
             replay(*args)
-        replayed[-1][1] = counter.get_total_flops()
+        multiplied.append(counter.get_total_flops())
 
-    monkeypatch.setattr(technique, "impose_shape", noted)
+    monkeypatch.setattr(technique, "impose_step_kind", noted)
     monkeypatch.setattr(lit_scale.cost.meter, "replay_step", counted)
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), technique, meter])
     trainer.fit(make(0), data())
-    *steps, (_, afterwards) = replayed
-    assert afterwards is None  # the state before the replay, imposed again
     ledger = meter.ledger
-    assert {key for key, _ in steps} == ledger.calibrated.keys() >= set(ledger.counts)
-    for key, flops in steps:
-        assert flops == ledger.flops[key], dict(key)
-    same = {BatchRamp, EightBitOptimizer, LargeBatch}  # a batch costs what it did, or there is one shape
-    assert len({flops for _, flops in steps}) >= (1 if kind in same else 2)
+    assert ledger.calibrated.keys() >= set(ledger.counts)
+    keys = list(ledger.calibrated)
+    keys += [*keys[1:], *keys[:1]]  # two rounds, the second of which begins with another kind
+    assert multiplied == [ledger.flops[key] for key in keys]
+    prefix = f"{technique.name}/"
+    *during, _ = imposed  # the state before the replay is imposed again at its end
+    assert during == [{n.removeprefix(prefix): v for n, v in key if n.startswith(prefix)} for key in keys]
+    same = {BatchRamp, EightBitOptimizer, LargeBatch}  # a batch costs what it did, or there is one kind of step
+    assert len(set(multiplied)) >= (1 if kind in same else 2)
 
     # and with them the step of a run without it, whether or not it made one
     without = CostMeter(repeats=0)
@@ -256,5 +258,5 @@ def test_the_clock_times_the_steps_that_were_made(
     assert {ledger.flops[key] for key in plain} <= set(without.ledger.flops.values())
     made_none = bool(plain) and not set(plain) & set(ledger.counts)
     assert made_none == (kind in {DynamicSparsity, MaskedTokenSkip, RhoLoss})
-    shapes = [shape for shape in meter.record(trainer, trainer.lightning_module)["shapes"] if shape["plain"]]
-    assert made_none == (bool(shapes) and all(shape["count"] == 0 for shape in shapes))
+    told = [one for one in meter.record(trainer, trainer.lightning_module)["step_kinds"] if one["plain"]]
+    assert made_none == (bool(told) and all(one["count"] == 0 for one in told))

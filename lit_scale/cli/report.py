@@ -45,8 +45,10 @@ def stage_table(record: dict[str, Any], label: str = "") -> Table:
     table = Table(title=f"{record['recipe']}: {label}", title_style="bold", show_footer=True, **_NARROW)
     stages = record["stages"]
     names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]
-    for name in names:
-        table.add_column(name.replace("_", " "), "all" if name == names[0] else "", justify="right", no_wrap=True)
+    bare = [name.rpartition("/")[2] for name in names]
+    for name, short in zip(names, bare, strict=True):  # two techniques may say the same
+        label = short if bare.count(short) == 1 else name.replace("/", " ")
+        table.add_column(label.replace("_", " "), "all" if name == names[0] else "", justify="right", no_wrap=True)
     told_from = len(names) <= 3  # several techniques at once have more to tell than where each stage begins
     counted = "samples" if record["tokens"] == record["samples"] else "tokens"  # an image has one
     for name, total in {
@@ -76,9 +78,9 @@ def plain_step(record: dict[str, Any]) -> dict[str, float] | None:
     made = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
     if made is not None:
         return {clock: made[clock] / made["steps"] for clock in ("flops", "reference_seconds")}
-    steps = [shape for shape in record["shapes"] if shape["kind"] == "train"]
-    plain = next((shape for shape in steps if shape["plain"]), None)
-    if plain is None or not all(shape["update"] for shape in steps):
+    steps = [kind for kind in record["step_kinds"] if kind["phase"] == "train"]
+    plain = next((kind for kind in steps if kind["plain"]), None)
+    if plain is None or not all(kind["update"] for kind in steps):
         return None
     return {"flops": plain["flops_each"], "reference_seconds": plain["seconds_each"]}
 
@@ -120,24 +122,24 @@ def _change(fraction: float) -> str:
 def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """The baseline with the prices of the technique's run for the steps that both made.
 
-    There the shapes were timed in turn. Two runs are timed at different times, of which one may be a slow one.
+    There the kinds of step were timed in turn. Two runs are timed at different times, of which one may be a slow one.
     """
 
-    def same(shape: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(shape[name] for name in ("kind", "samples", "tokens", "update", "batch"))
+    def same(kind: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(kind[name] for name in ("phase", "samples", "tokens", "update", "batch"))
 
-    def alike(shape: dict[str, Any]) -> tuple[Any, ...]:  # the same step made from part of a larger batch
-        return tuple(shape[name] for name in ("kind", "update", "flops_each"))
+    def alike(kind: dict[str, Any]) -> tuple[Any, ...]:  # the same step made from part of a larger batch
+        return tuple(kind[name] for name in ("phase", "update", "flops_each"))
 
-    plain = [shape for shape in record["shapes"] if shape["plain"]]
-    prices = {key(shape): shape["seconds_each"] for key in (alike, same) for shape in plain}
-    shapes = [
-        shape | {"seconds_each": prices.get(same(shape), prices.get(alike(shape), shape["seconds_each"]))}
-        for shape in baseline["shapes"]
+    plain = [kind for kind in record["step_kinds"] if kind["plain"]]
+    prices = {key(kind): kind["seconds_each"] for key in (alike, same) for kind in plain}
+    kinds = [
+        kind | {"seconds_each": prices.get(same(kind), prices.get(alike(kind), kind["seconds_each"]))}
+        for kind in baseline["step_kinds"]
     ]
     before, after = (
-        sum(shape["count"] * shape["seconds_each"] for shape in some if shape["kind"] == "train")
-        for some in (baseline["shapes"], shapes)
+        sum(kind["count"] * kind["seconds_each"] for kind in some if kind["phase"] == "train")
+        for some in (baseline["step_kinds"], kinds)
     )
     factor = after / before if before else 1.0
 
@@ -145,7 +147,7 @@ def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, 
         return part | {"reference_seconds": part["reference_seconds"] * factor}
 
     parts = {name: [scaled(part) for part in baseline[name]] for name in ("curve", "stages")}
-    return scaled(baseline) | parts | {"shapes": shapes}
+    return scaled(baseline) | parts | {"step_kinds": kinds}
 
 
 def comparison_table(records: dict[str, dict[str, Any]]) -> Table:

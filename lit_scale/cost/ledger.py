@@ -1,4 +1,4 @@
-"""The ledger of a run: how many steps of each shape it made, what one of each costs, and what was charged on top."""
+"""The ledger of a run: how many steps of each kind it made, what one of each costs, and what was charged on top."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from lightning.pytorch import Trainer
 
 __all__ = ["Key", "Ledger"]
 
-#: The shape of a step: what decides its cost, as (name, value) pairs, the kind of step first.
+#: The kind of a step: what decides its cost, as (name, value) pairs, the phase (train, validate) first. What a
+#: technique says of it has the technique's name in front: ``token_dropping/kept``.
 Key = tuple[tuple[str, Any], ...]
 
-_COMMON = ("kind", "samples", "tokens", "update", "plain", "batch")  # of every shape; the rest comes from techniques
-_WARM = 2  # first timings of a shape that do not count: allocation, caches
+_COMMON = ("phase", "samples", "tokens", "update", "plain", "batch")  # of every kind; the rest comes from techniques
+_FORM = 2  # of the state
+_WARM = 2  # first timings of a kind that do not count: allocation, caches
 
 
 class Ledger:
-    """Counts of steps by shape, in all and by stage, with the prices of the shapes.
+    """Counts of steps by kind, in all and by stage, with the prices of the kinds.
 
-    A *stage* is the time during which the techniques' part of the shape stays the same; the *curve* has a point for
+    A *stage* is the time during which the techniques' part of the kind stays the same; the *curve* has a point for
     each validation, with the counts at that moment, so that it can be priced when all prices are known.
 
     Example:
-        >>> ledger, key = Ledger(), (("kind", "train"), ("samples", 4), ("tokens", 64), ("update", True))
+        >>> ledger, key = Ledger(), (("phase", "train"), ("samples", 4), ("tokens", 64), ("update", True))
         >>> ledger.count(key, step=0)
         >>> ledger.flops[key], ledger.timings[key] = 1000, [0.1, 0.1, 0.3, 0.2, 0.3]
         >>> ledger.charge("growth", 1.5)
@@ -50,14 +52,14 @@ class Ledger:
     # -- counting -----------------------------------------------------------------------------------------------------
 
     def count(self, key: Key, step: int) -> None:
-        """One more step of a shape; ``step`` is the optimizer step, for the beginning of a stage."""
+        """One more step of a kind; ``step`` is the optimizer step, for the beginning of a stage."""
         self.counts[key] = self.counts.get(key, 0) + 1
-        if key[0] != ("kind", "train"):
+        if key[0] != ("phase", "train"):
             return
-        shape = {name: value for name, value in key if name not in _COMMON or name == "plain"}
-        if self._stage.get("shape") != shape:
-            known = [stage for stage in self.stages if stage["shape"] == shape]
-            self._stage = known[0] if known else {"shape": shape, "first_step": step, "counts": {}, "metrics": {}}
+        kind = {name: value for name, value in key if name not in _COMMON or name == "plain"}
+        if self._stage.get("kind") != kind:
+            known = [stage for stage in self.stages if stage["kind"] == kind]
+            self._stage = known[0] if known else {"kind": kind, "first_step": step, "counts": {}, "metrics": {}}
             self.stages += [] if known else [self._stage]
         self._stage["counts"][key] = self._stage["counts"].get(key, 0) + 1
 
@@ -82,21 +84,21 @@ class Ledger:
         return sum(seconds for _, seconds, _ in charges), sum(flops for _, _, flops in charges)
 
     def seconds_each(self, key: Key) -> float:
-        """Price of one step of a shape: calibrated, else the in-run median; plus the median wait for its batch."""
+        """Price of one step of a kind: calibrated, else the in-run median; plus the median wait for its batch."""
         timings = self.timings.get(key, [])
         timed = timings[_WARM:] or timings
         step = self.calibrated.get(key) or (statistics.median(timed) if timed else 0.0)
         waits = self.waits.get(key, [])
         return step + (statistics.median(waits) if waits else 0.0)
 
-    def price(self, counts: Mapping[Key, int], kind: str = "train") -> dict[str, Any]:
-        """Sums over the shapes of one kind of step; overheads not included."""
+    def price(self, counts: Mapping[Key, int], phase: str = "train") -> dict[str, Any]:
+        """Sums over the kinds of step of one phase; overheads not included."""
         ranks = 1 + len(self._others)
-        own = [(key, dict(key), n) for key, n in counts.items() if dict(key)["kind"] == kind]
+        own = [(key, dict(key), n) for key, n in counts.items() if dict(key)["phase"] == phase]
         return {
-            "steps": sum(n for _, shape, n in own if shape["update"]) // ranks,
-            "samples": sum(n * shape["samples"] for _, shape, n in own),
-            "tokens": sum(n * shape["tokens"] for _, shape, n in own),
+            "steps": sum(n for _, kind, n in own if kind["update"]) // ranks,
+            "samples": sum(n * kind["samples"] for _, kind, n in own),
+            "tokens": sum(n * kind["tokens"] for _, kind, n in own),
             "flops": sum(n * self.flops.get(key, 0) for key, _, n in own),
             "reference_seconds": sum(n * self.seconds_each(key) for key, _, n in own) / ranks,
         }
@@ -140,6 +142,7 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return {
+            "form": _FORM,
             "counts": list(self.counts.items()),
             "flops": list(self.flops.items()),
             "skipped": list(self.skipped.items()),
@@ -151,22 +154,23 @@ class Ledger:
             "curve": self.curve,
         }
 
+    @staticmethod
+    def reads(state_dict: Mapping[str, Any]) -> bool:
+        """Whether :meth:`load_state_dict` can; earlier versions told steps apart by other names."""
+        return state_dict.get("form") == _FORM
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
         self.counts, self.flops = dict(state_dict["counts"]), dict(state_dict["flops"])
-        self.skipped = dict(state_dict.get("skipped", ()))
+        self.skipped = dict(state_dict["skipped"])
         self.timings, self.waits = dict(state_dict["timings"]), dict(state_dict["waits"])
-        self.calibrated = dict(state_dict.get("calibrated", ()))
-        # charges of checkpoints from before they had FLOPs are told by count and seconds alone
-        self.charges = {what: (*own, 0)[:3] for what, own in state_dict["charges"].items()}
-        self.curve = [
-            {"charged": (point.pop("charged_seconds", 0.0), 0)} | point for point in map(dict, state_dict["curve"])
-        ]
+        self.calibrated = dict(state_dict["calibrated"])
+        self.charges, self.curve = dict(state_dict["charges"]), list(state_dict["curve"])
         self.stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
         self._stage = self.stages[-1] if self.stages else {}
 
     def record(self) -> dict[str, Any]:
-        """Totals, curve, stages, shapes and charges, priced."""
+        """Totals, curve, stages, kinds of step and charges, priced."""
         curve, charges = [], self.charges
         for index, point in enumerate(self.curve):
             cost = _with_charges(self.price(self._all_ranks(dict(point["counts"]), "curve", index)), point["charged"])
@@ -181,12 +185,12 @@ class Ledger:
             "metrics": self.curve[-1]["metrics"] if self.curve else {},
             "curve": curve,
             "stages": [
-                stage["shape"]
+                stage["kind"]
                 | self.price(self._all_ranks(stage["counts"], "stages", index))
                 | {"first_step": stage["first_step"], "metrics": stage["metrics"]}
                 for index, stage in enumerate(self.stages)
             ],
-            "shapes": [
+            "step_kinds": [
                 dict(key)
                 | {"count": n, "flops_each": self.flops.get(key, 0), "seconds_each": self.seconds_each(key)}
                 | {"price": "replay" if key in self.calibrated else "run"}

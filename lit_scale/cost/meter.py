@@ -1,11 +1,11 @@
 """The clock: what a run costs in FLOPs and in reference seconds, whatever the machine did meanwhile.
 
-    reference seconds = sum over shapes of step (count x calibrated median seconds) + charged overheads
+    reference seconds = sum over kinds of step (count x calibrated median seconds) + charged overheads
 
-Steps are told apart by their *shape*: batch sizes, tokens, and whatever the techniques say decides the cost (active
-blocks, frozen blocks...). FLOPs of a shape are counted once, by torch's FlopCounterMode. Its seconds are measured when
-training has ended, by replaying every shape in turn, several rounds, and taking medians: interleaved, so that a noisy
-second hits all shapes alike and decides nothing; the step without any technique is among them even where the run made
+Steps are told apart by their *kind*: batch sizes, tokens, and whatever the techniques say decides the cost (active
+blocks, frozen blocks...). FLOPs of a kind are counted once, by torch's FlopCounterMode. Its seconds are measured when
+training has ended, by replaying every kind in turn, several rounds, and taking medians: interleaved, so that a noisy
+second hits all kinds alike and decides nothing; the step without any technique is among them even where the run made
 none, so that prices have a common unit (Kaddour et al. 2023 call a fixed price per step Reference System Time,
 section 3; theirs was a table made by hand).
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,31 +37,31 @@ from lit_scale.technique import Technique, check_techniques
 
 __all__ = ["CostMeter", "charge", "charge_run", "resident_peak"]
 
-_SAMPLES = 32  # in-run timings kept per shape; after that a step costs a dictionary look-up
-_REPLAYED = 32  # shapes that are replayed, the most frequent ones; the others keep their in-run medians
+_SAMPLES = 32  # in-run timings kept per kind of step; after that a step costs a dictionary look-up
+_REPLAYED = 32  # kinds of step that are replayed, the most frequent ones; the others keep their in-run medians
 
 
 class CostMeter(Callback):
-    """Counts steps by shape, prices the shapes, and writes ``result.json`` into the run's root folder.
+    """Counts steps by kind, prices the kinds, and writes ``result.json`` into the run's root folder.
 
     The headline cost is that of training steps and of what techniques charge (growth, recompiles); validation is
     counted apart, and the replay at the end is not counted at all: weights, optimizer, random state and metrics are
     put back bit for bit. Where a step cannot be replayed (several processes, manual optimization, a step that fails
-    out of its loop) the price of a shape is the median of its timings during the run.
+    out of its loop) the price of a kind is the median of its timings during the run.
 
-    With several processes steps are those of each rank; samples, tokens, FLOPs and the counts of shapes are sums over
+    With several processes steps are those of each rank; samples, tokens, FLOPs and the counts of steps are sums over
     the ranks, and reference seconds their mean, which is what the run takes. Resumed, every rank goes on from the
     counts of rank 0.
 
-    The meter is made for few shapes, each met often. Batches padded to ever new lengths are new shapes, each counted
-    and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations. While
-    steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
+    The meter is made for few kinds of step, each met often. Batches padded to ever new lengths are new kinds, each
+    counted and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations.
+    While steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
 
     Args:
         recipe: Name of the recipe, for the record.
         technique: Name of the technique, for the record; what techniques log as ``their_name/...`` is left out of it.
         baseline: Whether this run is the one without the technique.
-        repeats: Timed rounds over all shapes; 0 keeps the in-run medians.
+        repeats: Timed rounds over all kinds of step; 0 keeps the in-run medians.
         filename: Name of the result file inside ``trainer.default_root_dir``.
         extra: More entries for the record, e.g. the command.
 
@@ -95,7 +95,7 @@ class CostMeter(Callback):
         self._begun: dict[str, float] = {}
         self._peak = 0
         self._state = 0  # bytes of optimizer state
-        self._batches: dict[str, Any] = {}  # one of each shape, for the replay
+        self._batches: dict[str, Any] = {}  # one for each shape of batch, for the replay
         self._replaying = False
         # the step at work
         self._current: Key | None = None
@@ -105,7 +105,7 @@ class CostMeter(Callback):
         self._aside = 0.0  # seconds charged since then: neither the step's nor its wait
         self._compiles = 0
 
-    # -- shapes -------------------------------------------------------------------------------------------------------
+    # -- kinds of step -------------------------------------------------------------------------------------------------
 
     def samples_and_tokens(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens of a batch; override for batches whose first tensor is neither ids nor samples.
@@ -119,13 +119,13 @@ class CostMeter(Callback):
         is_ids = first.ndim == 2 and not first.is_floating_point()
         return first.shape[0], first.numel() if is_ids else first.shape[0]
 
-    def _key(self, trainer: Trainer, kind: str, batch: Any, update: bool) -> Key:
+    def _key(self, trainer: Trainer, phase: str, batch: Any, update: bool) -> Key:
         samples, tokens = self.samples_and_tokens(batch)
-        key: list[tuple[str, Any]] = [("kind", kind), ("samples", samples), ("tokens", tokens), ("update", update)]
+        key: list[tuple[str, Any]] = [("phase", phase), ("samples", samples), ("tokens", tokens), ("update", update)]
         techniques = _techniques(trainer)
         key.append(("plain", all(technique.is_plain() for technique in techniques)))
         for technique in techniques:
-            key += technique.step_shape().items()
+            key += _named(technique, technique.step_kind()).items()
         return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in tensors(batch))))
 
     # -- counting -----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class CostMeter(Callback):
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the step under its shape; the first of a shape has its FLOPs counted too."""
+        """Count the step under its kind; the first of a kind has its FLOPs counted too."""
         full = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         key = self._key(trainer, "train", batch, full or bool(trainer.is_last_batch))
         if len(self._batches) < _REPLAYED:
@@ -152,7 +152,7 @@ class CostMeter(Callback):
         self._begin(trainer, pl_module, key, batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take the step's time while the shape is new."""
+        """Take the step's time while its kind is new."""
         self._finish(trainer)
 
     def on_validation_batch_start(
@@ -164,7 +164,7 @@ class CostMeter(Callback):
             self._begin(trainer, pl_module, self._key(trainer, "validate", batch, False), batch)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take the step's time while the shape is new."""
+        """Take the step's time while its kind is new."""
         self._finish(trainer)
         self._end = 0.0
 
@@ -183,19 +183,19 @@ class CostMeter(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, key: Key, batch: Any) -> None:
         wait = time.perf_counter() - self._end - self._aside if self._end else None
-        kind, ledger = dict(key)["kind"], self.ledger
+        phase, ledger = dict(key)["phase"], self.ledger
         ledger.count(key, trainer.global_step)
         self._current, self._compiles = key, _compiles()
         if key not in ledger.flops:
             if not is_compiled(pl_module):
                 self._count_flops(key)
                 return
-            ledger.flops[key] = flops_of(trainer, pl_module, batch, kind)
+            ledger.flops[key] = flops_of(trainer, pl_module, batch, phase)
             self._count_skipped(trainer, key)
         timings = ledger.timings.setdefault(key, [])
         self._timed = len(timings) < _SAMPLES
         if self._timed:
-            if wait is not None and kind == "train":
+            if wait is not None and phase == "train":
                 ledger.waits.setdefault(key, []).append(max(0.0, wait))
             _synchronize()
         self._aside = 0.0
@@ -211,7 +211,7 @@ class CostMeter(Callback):
 
     def _count_skipped(self, trainer: Trainer, key: Key) -> None:
         skipped = sum(technique.skipped_flops() for technique in _techniques(trainer))
-        if skipped and dict(key)["kind"] == "train":
+        if skipped and dict(key)["phase"] == "train":
             self.ledger.skipped[key] = skipped
 
     def _finish(self, trainer: Trainer) -> None:
@@ -228,7 +228,7 @@ class CostMeter(Callback):
             seconds = time.perf_counter() - self._start - self._aside
             if not compiled:
                 self.ledger.timings[key].append(seconds)
-            elif dict(key)["kind"] == "train":
+            elif dict(key)["phase"] == "train":
                 self.ledger.charge("recompile", seconds)
         self._end, self._aside = time.perf_counter(), 0.0
 
@@ -251,7 +251,7 @@ class CostMeter(Callback):
         return self.ledger.totals()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks, price the shapes by replay, write the record."""
+        """Stop the clocks, price the kinds of step by replay, write the record."""
         self._spent, self._begun = self._elapsed(), {}
         self._peak = max(self._peak, _peak_memory())
         self._state = state_bytes(trainer.optimizers)
@@ -265,32 +265,32 @@ class CostMeter(Callback):
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         techniques = _techniques(trainer)
         frequent = sorted(self.ledger.counts, key=lambda key: -self.ledger.counts[key])
-        keys = [k for k in frequent if dict(k)["kind"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
+        keys = [k for k in frequent if dict(k)["phase"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
         if (plain := self._plain_key(keys, techniques)) is not None:
             keys.append(plain)
         times: dict[Key, list[float]] = {key: [] for key in keys}
         self._replaying = True
         try:
-            now = [technique.step_shape() for technique in techniques]
+            now = [technique.step_kind() for technique in techniques]
             with undone(trainer, pl_module):
                 try:
                     for round_ in range(self.repeats + 1):
                         for key in keys[round_ % len(keys) :] + keys[: round_ % len(keys)]:
-                            shape = dict(key)
+                            kind = dict(key)
                             for technique in techniques:
-                                technique.impose_shape(trainer, pl_module, shape)
+                                technique.impose_step_kind(trainer, pl_module, _own(technique, kind))
                             if key not in self.ledger.flops:
-                                batch = self._batches[shape["batch"]]
+                                batch = self._batches[kind["batch"]]
                                 self.ledger.flops[key] = flops_of(trainer, pl_module, batch, "train")
                             _synchronize()
                             start, self._aside = time.perf_counter(), 0.0
-                            replay_step(trainer, pl_module, self._batches[shape["batch"]], shape["update"])
+                            replay_step(trainer, pl_module, self._batches[kind["batch"]], kind["update"])
                             _synchronize()
                             if round_:  # the first round warms up
                                 times[key].append(time.perf_counter() - start - self._aside)
                 finally:
-                    for technique, shape in zip(techniques, now, strict=True):
-                        technique.impose_shape(trainer, pl_module, shape)
+                    for technique, kind in zip(techniques, now, strict=True):
+                        technique.impose_step_kind(trainer, pl_module, kind)
         except Exception as error:  # a trained model must not be lost to a measurement
             rank_zero_warn(f"CostMeter could not replay a step ({error}); prices are medians of the run's own timings")
             return
@@ -306,15 +306,17 @@ class CostMeter(Callback):
         updates = [key for key in keys if dict(key)["update"]]
         if any(dict(key)["plain"] for key in updates):
             return None
-        ended = {name: value for one in techniques if one.is_plain() for name, value in one.step_shape().items()}
+        ended: dict[str, Any] = {}
+        plain: dict[str, Any] = {}
+        for technique in techniques:
+            if technique.is_plain():
+                ended |= _named(technique, technique.step_kind())
+            elif (kind := technique.plain_step_kind()) is not None:
+                plain |= _named(technique, kind)
+            else:
+                return None
         updates = [key for key in updates if ended.items() <= dict(key).items()]
-        plain = [technique.plain_shape() for technique in techniques if not technique.is_plain()]
-        if not updates or None in plain:
-            return None
-        shape = dict(updates[0])
-        for own in plain:
-            shape |= cast(dict[str, Any], own)
-        return tuple((shape | {"plain": True}).items())
+        return tuple((dict(updates[0]) | plain | {"plain": True}).items()) if updates else None
 
     # -- state and record ---------------------------------------------------------------------------------------------
 
@@ -329,6 +331,12 @@ class CostMeter(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stood."""
+        if not Ledger.reads(state_dict):
+            rank_zero_warn(
+                "CostMeter: the checkpoint was written by an earlier version, whose counts cannot be read; the cost is "
+                "counted from this step on, and result.json holds the rest of the run only"
+            )
+            return
         self.ledger.load_state_dict(state_dict)
         self._spent, self._peak = dict(state_dict["spent"]), state_dict["peak"]
 
@@ -392,10 +400,10 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
             the first.
 
     Returns:
-        Whether the checkpoint tells what its run has cost.
+        Whether the checkpoint tells what its run has cost, in a form that this version writes.
     """
     state = checkpoint.get("callbacks", {}).get(CostMeter.__qualname__)
-    if state is None:
+    if state is None or not Ledger.reads(state):
         return False
     earlier = Ledger()
     earlier.load_state_dict(state)
@@ -409,6 +417,17 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
 
 def _techniques(trainer: Trainer) -> list[Technique]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Technique)]  # type: ignore[attr-defined]
+
+
+def _named(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
+    """A technique's part of a kind of step, told apart from the others': ``token_dropping/kept``."""
+    return {f"{technique.name}/{name}": value for name, value in kind.items()}
+
+
+def _own(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a kind of step is the technique's, as it said it."""
+    prefix = f"{technique.name}/"
+    return {name.removeprefix(prefix): value for name, value in kind.items() if name.startswith(prefix)}
 
 
 def _synchronize() -> None:

@@ -49,13 +49,13 @@ def replay_step(trainer: Trainer, pl_module: LightningModule, batch: Any, update
         closure()
 
 
-def flops_of(trainer: Trainer, pl_module: LightningModule, batch: Any, kind: str) -> int:
+def flops_of(trainer: Trainer, pl_module: LightningModule, batch: Any, phase: str) -> int:
     """FLOPs of a step in a network whose compiled parts hide them: forward, and backward in training, once more.
 
     The extra pass is eager, leaves gradients alone and never talks to other ranks. What the optimizer multiplies is
     not in it.
     """
-    training = kind == "train"
+    training = phase == "train"
     step: Any = pl_module.training_step if training else pl_module.validation_step
     precision = trainer.precision_plugin
     with ExitStack() as stack:

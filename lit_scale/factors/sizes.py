@@ -169,6 +169,6 @@ class SizeByStages(Technique):
         """The batch at work is of full size."""
         return self._stage_of(self._number - 1) == len(self.stages) - 1
 
-    def step_shape(self) -> dict[str, Any]:
+    def step_kind(self) -> dict[str, Any]:
         """The size; what follows from it shows in the shapes of the batch."""
         return {"size": self._sizes[self._stage_of(self._number - 1)]}

@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def shape(plain, seconds, count, **technique):
-    common = {"kind": "train", "samples": 4, "tokens": 64, "update": True, "plain": plain, "batch": "4x16"}
+    common = {"phase": "train", "samples": 4, "tokens": 64, "update": True, "plain": plain, "batch": "4x16"}
     return common | technique | {"count": count, "flops_each": 1, "seconds_each": seconds, "price": "replay"}
 
 
 def record(*shapes, charges=0.0):
     return {
-        "shapes": list(shapes),
+        "step_kinds": list(shapes),
         "charges": {"growth": {"count": 1, "seconds": charges}},
         "flops": 5,
         "wall_seconds": 7.0,
@@ -39,7 +39,7 @@ def test_a_slow_machine_does_not_change_what_a_step_costs_relative_to_the_plain_
 
 
 def test_charges_count_and_validation_does_not():
-    validation = shape(True, 100.0, 3) | {"kind": "validate"}
+    validation = shape(True, 100.0, 3) | {"phase": "validate"}
     one = record(shape(True, 1.0, 10), validation, charges=2.5)
     assert savings.costs(one, savings.plain_prices([one]))["reference_seconds"] == pytest.approx(12.5)
 

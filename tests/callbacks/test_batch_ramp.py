@@ -114,7 +114,7 @@ def test_fractions_are_of_the_trainers_own_batch_and_the_clock_tells_the_stages(
     trainer = quiet_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=4, callbacks=[StepSeed(), ramp, meter])
     trainer.fit(build("bert"), loader("bert"))
     record = meter.record(trainer, trainer.lightning_module)
-    assert [(stage["micro_batches"], stage["plain"], stage["samples"]) for stage in record["stages"]] == [
+    assert [(stage["batch_ramp/micro_batches"], stage["plain"], stage["samples"]) for stage in record["stages"]] == [
         (1, False, 32),
         (4, True, 32),
     ]

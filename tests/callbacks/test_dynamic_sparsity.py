@@ -522,7 +522,7 @@ def test_a_compiled_network_trains_as_the_plain_one(whole: bool, tmp_path: Path)
 def test_flops_fall_as_the_arithmetic_says(tmp_path: Path) -> None:
     sparsity, meter = sparse("unit", density=0.25), CostMeter(repeats=0)
     train("bert", tmp_path, sparsity, meter, model={"dropout": 0.0, "num_heads": 4})
-    each = {dict(key)["growing"]: flops for key, flops in meter.ledger.flops.items()}
+    each = {dict(key)["dynamic_sparsity/growing"]: flops for key, flops in meter.ledger.flops.items()}
     # Of three quarters of the units: qkv, projection and two maps of 4 C, once forward and twice backward; attention
     # 4 T^2 C, once forward and 2.5 times backward.
     linear = 3 * 2 * 4 * LENGTH * (3 + 1 + 4 + 4) * WIDTH**2
@@ -592,8 +592,8 @@ def test_samples_that_are_only_scored_have_no_backward_pass_to_leave_out(tmp_pat
     for key, skipped in meter.ledger.skipped.items():
         shape = dict(key)
         assert shape["samples"] == 4  # of which one is trained
-        assert skipped == 2 * inactive * tokens * ((4 if shape["gate"] == "open" else 0) + 3)
-        met[shape["gate"]] = True
+        assert skipped == 2 * inactive * tokens * ((4 if shape["importance_sampling/gate"] == "open" else 0) + 3)
+        met[shape["importance_sampling/gate"]] = True
     assert met == {"looks": True, "open": True}
     record = meter.ledger.record()
     assert 0 < record["sparse_flops"] < record["flops"]

@@ -350,15 +350,15 @@ def test_tokens_are_dropped_from_the_samples_that_are_trained(
 def test_each_kind_of_step_has_its_price(tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
     fit(image_model("by_hand"), sized_loader(), tmp_path, choosing=ALWAYS | {"look_every": 2}, after=[meter])
-    shapes = [shape for shape in meter.ledger.record()["shapes"] if shape["kind"] == "train"]
-    assert [(s["gate"], s["count"], s["samples"], s["plain"]) for s in shapes] == [
+    shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
+    assert [(s["importance_sampling/gate"], s["count"], s["samples"], s["plain"]) for s in shapes] == [
         ("looks", 1, 4, False),
         ("open", STEPS - 1, 12, False),
     ]
     looks, chooses = (shape["flops_each"] for shape in shapes)
     closed = CostMeter(repeats=1)
     fit(image_model("by_hand"), sized_loader(), tmp_path, choosing=NEVER | {"look_every": 4}, after=[closed])
-    (looked, plain) = [s for s in closed.ledger.record()["shapes"] if s["kind"] == "train"]
+    (looked, plain) = [s for s in closed.ledger.record()["step_kinds"] if s["phase"] == "train"]
     assert (looked["count"], plain["count"], plain["plain"]) == (2, 6, True)
     assert looked["flops_each"] == plain["flops_each"] == looks  # scores come free
     assert 1.8 < chooses / plain["flops_each"] < 2.1  # three forward passes of a third each, and the step

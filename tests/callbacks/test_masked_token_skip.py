@@ -100,12 +100,12 @@ def test_the_clock_counts_what_the_formula_says(tmp_path: Path) -> None:
     for skip in (True, False):
         meter = CostMeter(repeats=1, filename=f"{skip}.json")
         train(tiny_mae(), tmp_path, *([MaskedTokenSkip()] if skip else []), meter, size=32, limit_val_batches=0)
-        shape, *priced = json.loads((tmp_path / f"{skip}.json").read_text())["shapes"]
+        shape, *priced = json.loads((tmp_path / f"{skip}.json").read_text())["step_kinds"]
         assert shape["plain"] is not skip
         assert [(other["plain"], other["count"]) for other in priced] == [(True, 0)] * skip  # a step without skipping
         for other in priced:
             each[None] = other["flops_each"]
-        assert shape.get("encode_masked", True) is not skip
+        assert shape.get("masked_token_skip/encode_masked", True) is not skip
         assert shape["seconds_each"] > 0
         each[skip] = shape["flops_each"]
     # Of two blocks: the linear maps, 24 C^2 a token, once forward and twice backward; attention, 4 T^2 C, once forward
@@ -122,8 +122,11 @@ def test_the_encoder_can_grow_meanwhile(tmp_path: Path) -> None:
     stacking = ProgressiveStacking([(0.0, 1), (0.25, 2), (0.5, 4)], blocks="encoder.blocks")
     meter = CostMeter(repeats=0)
     train(module, tmp_path, MaskedTokenSkip(), stacking, meter, lengths, limit_val_batches=0)
-    shapes = json.loads((tmp_path / "result.json").read_text())["shapes"]
-    assert {(shape["blocks"], shape["encode_masked"], shape["count"]) for shape in shapes} == {
+    shapes = json.loads((tmp_path / "result.json").read_text())["step_kinds"]
+    assert {
+        (shape["progressive_stacking/blocks"], shape["masked_token_skip/encode_masked"], shape["count"])
+        for shape in shapes
+    } == {
         (1, False, 2),
         (2, False, 2),
         (4, False, 4),
@@ -208,9 +211,9 @@ def test_one_of_several_autoencoders_is_chosen_by_name(tmp_path: Path) -> None:
     skip = MaskedTokenSkip("other")
     skip.setup(quiet_trainer(tmp_path, callbacks=[skip]), module, "fit")
     assert (module.one.encode_masked, module.other.encode_masked) == (True, False)
-    assert skip.step_shape() == {"encode_masked": False}
+    assert skip.step_kind() == {"encode_masked": False}
     assert not skip.is_plain()
-    skip.impose_shape(quiet_trainer(tmp_path), module, {"encode_masked": True})
+    skip.impose_step_kind(quiet_trainer(tmp_path), module, {"encode_masked": True})
     assert skip.is_plain()
 
 

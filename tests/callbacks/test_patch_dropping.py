@@ -338,17 +338,17 @@ def test_the_clock_knows_two_kinds_of_step(name: str, tmp_path: Path) -> None:
     module = viewer(name, dropout=0.0)
     train(module, tmp_path, PatchDropping(tune=0.25), CostMeter(repeats=1), size=32, limit_val_batches=0)
     record = json.loads((tmp_path / "result.json").read_text())
-    shapes = {shape["dropped"]: shape for shape in record["shapes"]}
+    shapes = {shape["patch_dropping/dropped"]: shape for shape in record["step_kinds"]}
     assert {dropped: (shape["count"], shape["plain"]) for dropped, shape in shapes.items()} == {
         0.5: (6, False),
         0.0: (2, True),
     }
-    assert [stage["dropped"] for stage in record["stages"]] == [0.5, 0.0]
+    assert [stage["patch_dropping/dropped"] for stage in record["stages"]] == [0.5, 0.0]
     assert all(shape["seconds_each"] > 0 for shape in shapes.values())
 
     meter = CostMeter(repeats=0, filename="plain.json")
     train(viewer(name, dropout=0.0), tmp_path, None, meter, size=32, max_steps=1, limit_val_batches=0)
-    (plain,) = json.loads((tmp_path / "plain.json").read_text())["shapes"]
+    (plain,) = json.loads((tmp_path / "plain.json").read_text())["step_kinds"]
     assert shapes[0.0]["flops_each"] == plain["flops_each"]
     # A token that is gone saves in each block the linear maps, 2 (4 + 2 r) C^2 with a hidden layer of r C channels,
     # once forward and twice backward; and attention, 4 T^2 C for T tokens, once forward and 2.5 times backward.

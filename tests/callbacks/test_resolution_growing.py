@@ -168,8 +168,8 @@ def test_other_stages_are_refused_at_resume(tmp_path: Path) -> None:
 def test_the_clock_prices_each_size(tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
     fit("by_hand", tmp_path, sized_loader(), callbacks=[meter])
-    shapes = [shape for shape in meter.ledger.record()["shapes"] if shape["kind"] == "train"]
-    assert [(shape["size"], shape["count"], shape["plain"]) for shape in shapes] == [
+    shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
+    assert [(shape["resolution_growing/size"], shape["count"], shape["plain"]) for shape in shapes] == [
         (8, 2, False),
         (12, 3, False),
         (16, 3, True),

@@ -119,9 +119,9 @@ def test_a_step_costs_two_forward_passes_more(tmp_path: Path) -> None:
     meter, plain = CostMeter(repeats=1), CostMeter(repeats=1)
     fit(image_model("by_hand"), sized_loader(), image_model("by_hand"), tmp_path, meter)
     quiet_trainer(tmp_path, callbacks=[StepSeed(), plain], max_steps=1).fit(image_model("by_hand"), sized_loader())
-    step, unscored = [shape for shape in meter.ledger.record()["shapes"] if shape["kind"] == "train"]
-    (reference,) = [shape for shape in plain.ledger.record()["shapes"] if shape["kind"] == "train"]
-    assert (step["samples"], step["samples_kept"], step["plain"], step["price"]) == (16, 0.25, False, "replay")
+    step, unscored = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
+    (reference,) = [shape for shape in plain.ledger.record()["step_kinds"] if shape["phase"] == "train"]
+    assert (step["samples"], step["rho_loss/samples_kept"], step["plain"], step["price"]) == (16, 0.25, False, "replay")
     assert step["flops_each"] / reference["flops_each"] == pytest.approx(1 + 2 * 4 / 3, rel=0.05)
     # the step without the technique is priced beside it, though the run has made none
     assert (unscored["plain"], unscored["count"], unscored["flops_each"]) == (True, 0, reference["flops_each"])

@@ -108,8 +108,8 @@ def test_any_network_resumes_to_the_same_bits(name: str, window: int, tmp_path: 
 def test_a_step_costs_the_losses_and_what_is_kept(tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
     fit("torch_encoder", tmp_path, None, meter, start=0.5, end=1.0, interrupt=0)
-    shapes = [shape for shape in meter.ledger.record()["shapes"] if shape["kind"] == "train"]
-    assert [(s["samples_kept"], s["plain"], s["count"], s["price"]) for s in shapes] == [
+    shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
+    assert [(s["selective_backprop/samples_kept"], s["plain"], s["count"], s["price"]) for s in shapes] == [
         (1.0, True, 4, "replay"),
         (0.5, False, 4, "replay"),
     ]

@@ -126,8 +126,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(workers: int, tiny_corpus: Path,
 def test_the_clock_prices_each_length(tiny_corpus: Path, tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
     fit(bert(), text(tiny_corpus, tmp_path), tmp_path, callbacks=[meter])
-    shapes = [shape for shape in meter.ledger.record()["shapes"] if shape["kind"] == "train"]
-    assert [(shape["size"], shape["count"], shape["tokens"], shape["plain"]) for shape in shapes] == [
+    shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
+    assert [
+        (shape["sequence_length_warmup/size"], shape["count"], shape["tokens"], shape["plain"]) for shape in shapes
+    ] == [
         (4, 2, 64, False),
         (8, 3, 64, False),
         (16, 3, 64, True),

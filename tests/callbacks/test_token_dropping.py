@@ -546,8 +546,8 @@ def test_the_clock_sees_the_shapes_and_its_replay_leaves_no_trace(kind: str, tmp
         record = meter.record(trainer, module)
         found[repeats] = [module.state_dict(), trainer.optimizers[0].state_dict(), dropping.state_dict()]
     assert equal(*found.values())
-    assert all(shape["price"] == "replay" for shape in record["shapes"])
-    stages = {stage["kept"]: stage for stage in record["stages"]}
+    assert all(shape["price"] == "replay" for shape in record["step_kinds"])
+    stages = {stage["token_dropping/kept"]: stage for stage in record["stages"]}
     assert list(stages) == {"easy": [0.5, 1.0], "masked": ["unmasked"], "random": [0.25, 0.5, 0.75, 1.0]}[kind]
     assert [stage["plain"] for stage in stages.values()] == [kept == 1.0 for kept in stages]
     each = [stage["flops"] / stage["steps"] for stage in stages.values()]
@@ -556,7 +556,7 @@ def test_the_clock_sees_the_shapes_and_its_replay_leaves_no_trace(kind: str, tmp
     trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[baseline])
     trainer.fit(build("bert", depth=6), loader("bert"))
     full = baseline.totals()["flops"] / 2
-    (plain,) = (shape for shape in record["shapes"] if shape["plain"])
+    (plain,) = (shape for shape in record["step_kinds"] if shape["plain"])
     assert plain["flops_each"] == full > each[0]
     assert (plain["count"] == 0) == (kind == "masked")  # it makes no plain step, and has one priced all the same
     if kind != "masked":

@@ -241,18 +241,18 @@ def test_a_run_prints_its_report_and_nothing_else(run, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.err == ""
     lines = printed.out.splitlines()
-    assert lines[0] == "test_cli (progressive_stacking): 18,098 parameters, cpu, into runs/test_cli"
+    assert lines[0] == "test_recipe (progressive_stacking): 18,098 parameters, cpu, into runs/test_recipe"
     record = records["progressive_stacking"]
     table = [line.split() for line in lines if re.match(r"\s+(\d|all|blocks)", line)]
     assert table[0] == ["blocks", "from", "step", "steps", "tokens", "FLOPs", "ref.", "s", "val", "loss"]
     assert [row[:3] for row in table[1:4]] == [["1", "0", "3"], ["2", "3", "3"], ["4", "6", "6"]]
     assert table[4][:2] == ["all", "12"]
     assert table[4][-1] == f"{record['metrics']['val/loss']:.3f}"
-    assert max(map(len, lines[:-2])) <= 80
+    assert max(map(len, lines[1:-2])) <= 80  # the first and last name the folder
     assert re.search(r"against 12 steps of the full model: -\d+% FLOPs, [-+]\d+% reference seconds", printed.out)
     assert re.search(r"validation loss [\d.]+ nats, \d+% above the unigram entropy, [\d.]+", printed.out)
-    assert lines[-1] == "written: runs/test_cli/result.json, runs/test_cli/result.png"
-    assert all(Path("runs/test_cli", name).exists() for name in ("result.json", "result.png", "config.yaml"))
+    assert lines[-1] == "written: runs/test_recipe/result.json, runs/test_recipe/result.png"
+    assert all(Path("runs/test_recipe", name).exists() for name in ("result.json", "result.png", "config.yaml"))
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -286,16 +286,16 @@ def test_a_short_run_ends_with_a_validation_and_a_checkpoint(run, steps):
     assert points == sorted(set(points))
     assert len(points) == min(steps, 12)
     assert record["curve"][-1]["flops"] == record["flops"]
-    checkpoint = torch.load("runs/test_cli/checkpoints/last.ckpt", weights_only=True)
+    checkpoint = torch.load("runs/test_recipe/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps
-    assert json.loads(Path("runs/test_cli/result.json").read_text()) == record
+    assert json.loads(Path("runs/test_recipe/result.json").read_text()) == record
 
 
 def test_a_run_by_epochs(run):
     record = run("--trainer.max_epochs=2", "--data.batch_size=256")["progressive_stacking"]
     assert record["steps"] % 2 == 0
     assert record["curve"][-1]["step"] == record["steps"]
-    assert [stage["blocks"] for stage in record["stages"]] == [1, 2, 4]
+    assert [stage["progressive_stacking/blocks"] for stage in record["stages"]] == [1, 2, 4]
     assert len(record["curve"]) >= 5
 
 
@@ -303,7 +303,7 @@ def test_a_run_by_time(run):
     record = run("--trainer.max_time=00:00:00:03")["progressive_stacking"]
     assert 2 < record["wall_seconds"] < 60
     assert record["curve"][-1]["step"] == record["steps"]
-    assert yaml.safe_load(Path("runs/test_cli/config.yaml").read_text())["trainer"]["max_steps"] == -1
+    assert yaml.safe_load(Path("runs/test_recipe/config.yaml").read_text())["trainer"]["max_steps"] == -1
 
 
 def test_lightnings_own_flags_still_work(run):
@@ -313,8 +313,8 @@ def test_lightnings_own_flags_still_work(run):
         '--trainer.callbacks=[{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}]',
     )["progressive_stacking"]  # fmt: skip
     assert record["metrics"] == {}
-    assert not Path("runs/test_cli/checkpoints").exists()
-    assert list(Path("runs/test_cli/lightning_logs").rglob("metrics.csv"))
+    assert not Path("runs/test_recipe/checkpoints").exists()
+    assert list(Path("runs/test_recipe/lightning_logs").rglob("metrics.csv"))
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -339,21 +339,21 @@ def test_the_config_of_a_run_runs_it_again(run, tmp_path):
 
 def test_a_second_run_moves_the_first_aside(run, capsys):
     run("--trainer.max_steps=2")
-    Path("runs/test_cli/notes.txt").write_text("mine")
+    Path("runs/test_recipe/notes.txt").write_text("mine")
     run("--trainer.max_steps=3")
-    assert "runs/test_cli held another run; it is now in runs/test_cli/earlier-1\n" in capsys.readouterr().out
+    assert "runs/test_recipe held another run; it is now in runs/test_recipe/earlier-1\n" in capsys.readouterr().out
     steps = {
         folder: json.loads(Path(folder, "result.json").read_text())["steps"]
-        for folder in ("runs/test_cli", "runs/test_cli/earlier-1")
+        for folder in ("runs/test_recipe", "runs/test_recipe/earlier-1")
     }
     assert list(steps.values()) == [3, 2]
-    assert weights("runs/test_cli/earlier-1")
-    assert Path("runs/test_cli/notes.txt").read_text() == "mine"
+    assert weights("runs/test_recipe/earlier-1")
+    assert Path("runs/test_recipe/notes.txt").read_text() == "mine"
     ends_with(1, run, "--progressive_stacking.stages=[[0,8]]")
     ends_with(2, run, "--what")
-    assert not Path("runs/test_cli/earlier-2").exists(), "a run that never starts moves nothing"
-    run("--trainer.max_steps=3", "--ckpt_path=runs/test_cli/earlier-1/checkpoints/last.ckpt")
-    assert json.loads(Path("runs/test_cli/earlier-2/result.json").read_text())["steps"] == 3
+    assert not Path("runs/test_recipe/earlier-2").exists(), "a run that never starts moves nothing"
+    run("--trainer.max_steps=3", "--ckpt_path=runs/test_recipe/earlier-1/checkpoints/last.ckpt")
+    assert json.loads(Path("runs/test_recipe/earlier-2/result.json").read_text())["steps"] == 3
 
 
 def test_set_aside_needs_a_run(tmp_path):
@@ -403,8 +403,8 @@ def test_a_preempted_run_resumes_to_the_same_end_in_its_folder(run, capsys):
 
 def test_a_finished_run_resumed_stays_as_it_is(run):
     run("--trainer.max_steps=7")
-    before = json.loads(Path("runs/test_cli/result.json").read_text())
-    record = run("--trainer.max_steps=7", "--ckpt_path=runs/test_cli/checkpoints/last.ckpt")["progressive_stacking"]
+    before = json.loads(Path("runs/test_recipe/result.json").read_text())
+    record = run("--trainer.max_steps=7", "--ckpt_path=runs/test_recipe/checkpoints/last.ckpt")["progressive_stacking"]
     assert (record["steps"], record["flops"], record["metrics"]) == (7, before["flops"], before["metrics"])
 
 
@@ -440,7 +440,7 @@ def test_what_would_mix_two_runs_is_refused_at_resume(run, capsys):
         ([stacked, "--seed_everything=9"], "seed"),
         (
             [stacked, "--compare"],
-            "--compare resumes from checkpoints below runs/test_cli/{baseline,progressive_stacking}",
+            "--compare resumes from checkpoints below runs/test_recipe/{baseline,progressive_stacking}",
         ),
     ):
         ends_with(1, run, *args)
@@ -451,14 +451,14 @@ def test_what_would_mix_two_runs_is_refused_at_resume(run, capsys):
 
 def test_a_comparison_prices_equal_steps_alike(run):
     records = run("--compare")
-    stored = json.loads(Path("runs/test_cli/baseline/result.json").read_text())
-    price = {s["update"]: s["seconds_each"] for s in records["progressive_stacking"]["shapes"] if s["plain"]}[True]
+    stored = json.loads(Path("runs/test_recipe/baseline/result.json").read_text())
+    price = {s["update"]: s["seconds_each"] for s in records["progressive_stacking"]["step_kinds"] if s["plain"]}[True]
     assert records["baseline"]["reference_seconds"] == pytest.approx(8 * price)
-    assert stored["reference_seconds"] == pytest.approx(8 * stored["shapes"][0]["seconds_each"], rel=0.5)
+    assert stored["reference_seconds"] == pytest.approx(8 * stored["step_kinds"][0]["seconds_each"], rel=0.5)
     assert records["baseline"]["curve"][-1]["reference_seconds"] == pytest.approx(8 * price)
     assert records["baseline"]["flops"] == stored["flops"]
     slow = json.loads(json.dumps(stored))
-    for shape in slow["shapes"]:
+    for shape in slow["step_kinds"]:
         shape["seconds_each"] *= 100
     for part in (slow, *slow["curve"], *slow["stages"]):
         part["reference_seconds"] *= 100

@@ -28,10 +28,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.cost import CostMeter, charge, charge_run, hardware, versions
-from lit_scale.cost.ledger import Ledger
 from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
+from lit_scale.technique import Technique
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec",
@@ -146,8 +146,8 @@ def every(steps: int) -> dict[str, Any]:
     return {"val_check_interval": steps, "check_val_every_n_epoch": None}
 
 
-def train_shapes(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shape for shape in record["shapes"] if shape["kind"] == "train"]
+def train_kinds(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shape for shape in record["step_kinds"] if shape["phase"] == "train"]
 
 
 class Choosing(Callback):
@@ -181,10 +181,10 @@ def bert_flops(samples: int, length: int, blocks: int) -> int:
 def test_flops_follow_the_formula_at_every_depth_and_shape(tmp_path):
     stacking = ProgressiveStacking([(0.0, 1), (0.3, 2), (0.6, 4)])
     record = fit(tmp_path, Bert(dropout=0.0), texts(10), stacking, max_epochs=4)
-    seen = {(s["samples"], s["blocks"]): s["flops_each"] for s in train_shapes(record)}
+    seen = {(s["samples"], s["progressive_stacking/blocks"]): s["flops_each"] for s in train_kinds(record)}
     assert seen == {(samples, blocks): bert_flops(samples, T, blocks) for samples, blocks in seen}
     assert set(seen) == {(4, 1), (2, 1), (4, 2), (2, 2), (4, 4), (2, 4)}
-    assert record["flops"] == sum(shape["count"] * shape["flops_each"] for shape in train_shapes(record))
+    assert record["flops"] == sum(shape["count"] * shape["flops_each"] for shape in train_kinds(record))
     assert record["flops"] == sum(stage["flops"] for stage in record["stages"])
 
 
@@ -214,7 +214,7 @@ def test_counts_with_accumulation_epochs_and_a_smaller_last_batch(tmp_path):
     record = fit(tmp_path, Bert(), texts(18), max_epochs=3, accumulate_grad_batches=2, repeats=1)
     # batches of 4, 4, 4, 4, 2: two whole windows, and the last batch is one of its own
     assert (record["steps"], record["samples"], record["tokens"]) == (9, 54, 54 * T)
-    counts = {(shape["samples"], shape["update"]): shape["count"] for shape in train_shapes(record)}
+    counts = {(shape["samples"], shape["update"]): shape["count"] for shape in train_kinds(record)}
     assert counts == {(4, False): 6, (4, True): 6, (2, True): 3}
 
 
@@ -230,27 +230,70 @@ def test_a_stream_without_length_ends_its_window_too(tmp_path):
 def test_stages_are_told_by_what_decides_the_cost(tmp_path):
     stacking = ProgressiveStacking([(0.0, 1), (0.25, 2), (0.5, 4)])
     record = fit(tmp_path, Bert(), texts(), stacking, max_steps=12, val=texts(4), **every(3))
-    assert [(s["blocks"], s["first_step"], s["steps"]) for s in record["stages"]] == [(1, 0, 3), (2, 3, 3), (4, 6, 6)]
+    assert [(s["progressive_stacking/blocks"], s["first_step"], s["steps"]) for s in record["stages"]] == [
+        (1, 0, 3),
+        (2, 3, 3),
+        (4, 6, 6),
+    ]
     assert [s["metrics"]["val/loss"] for s in record["stages"]] == [
         next(p["metrics"]["val/loss"] for p in record["curve"] if p["step"] == step) for step in (3, 6, 12)
     ]
-    assert [s["plain"] for s in train_shapes(record)] == [False, False, True]
+    assert [s["plain"] for s in train_kinds(record)] == [False, False, True]
 
 
-def test_shapes_that_come_and_go_are_one_stage_each(tmp_path):
+def test_kinds_that_come_and_go_are_one_stage_each(tmp_path):
     class Alternating(ProgressiveStacking):
-        def step_shape(self):
+        def step_kind(self):
             return {"side": self.trainer.global_step % 2}
 
         def setup(self, trainer, pl_module, stage):
             self.trainer = trainer
             super().setup(trainer, pl_module, stage)
 
-        def impose_shape(self, trainer, pl_module, shape):
+        def impose_step_kind(self, trainer, pl_module, kind):
             pass
 
     record = fit(tmp_path, Bert(), texts(), Alternating([(0.0, 4)]), max_steps=9, repeats=1)
-    assert [(s["side"], s["first_step"], s["steps"]) for s in record["stages"]] == [(0, 0, 5), (1, 1, 4)]
+    assert [(s["alternating/side"], s["first_step"], s["steps"]) for s in record["stages"]] == [(0, 0, 5), (1, 1, 4)]
+
+
+class Keeper(Technique):
+    """Keeps something, without a cost; what it is told to impose is noted."""
+
+    def __init__(self, kept: int) -> None:
+        self.kept, self.imposed = kept, []
+
+    def plain_step_kind(self):
+        return {"kept": 0}
+
+    def step_kind(self):
+        return {"kept": self.kept}
+
+    def impose_step_kind(self, trainer, pl_module, kind):
+        self.imposed.append(kind)
+
+
+class Tokens(Keeper):
+    factor = "tokens"
+
+
+class Samples(Keeper):
+    factor = "samples"
+
+
+def test_techniques_that_use_one_word_are_told_apart(tmp_path):
+    tokens, samples = Tokens(3), Samples(5)
+    record = fit(tmp_path, Bert(), texts(), tokens, samples, max_steps=2, repeats=1)
+    (stage,) = record["stages"]
+    assert (stage["tokens/kept"], stage["samples/kept"]) == (3, 5)
+    made, plain = train_kinds(record)
+    assert [(kind["tokens/kept"], kind["samples/kept"], kind["plain"]) for kind in (made, plain)] == [
+        (3, 5, False),
+        (0, 0, True),
+    ]
+    for technique in (tokens, samples):  # in two rounds, and once more when they were over
+        assert sorted(one["kept"] for one in technique.imposed) == [0, 0, *3 * [technique.kept]]
+        assert all(set(one) == {"kept"} for one in technique.imposed)
 
 
 @dataclass
@@ -368,7 +411,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_run_with_the_meter_is_the_run_without_it(tmp_path, case):
     without, with_meter, meter = both(tmp_path, **CASES[case], max_epochs=3)
     assert_same(without, with_meter)
-    assert all(shape["price"] == "replay" for shape in train_shapes(meter.ledger.record())), "nothing was replayed"
+    assert all(shape["price"] == "replay" for shape in train_kinds(meter.ledger.record())), "nothing was replayed"
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -383,7 +426,7 @@ def test_a_compiled_run_with_the_meter_is_the_run_without_it(tmp_path, backend):
     grow = lambda: ProgressiveStacking([(0.0, 2), (0.5, 4)])  # noqa: E731
     without, with_meter, meter = both(tmp_path, make, texts, grow, max_epochs=2)
     assert_same(without, with_meter)
-    assert all(shape["price"] == "replay" for shape in train_shapes(meter.ledger.record()))
+    assert all(shape["price"] == "replay" for shape in train_kinds(meter.ledger.record()))
 
 
 def test_the_comparison_sees_a_replay_that_leaves_traces(tmp_path, monkeypatch):
@@ -420,10 +463,10 @@ def test_reference_seconds_are_the_sum_that_the_record_shows(tmp_path):
     stacking = ProgressiveStacking([(0.0, 1), (0.5, 4)])
     record = fit(tmp_path, Bert(), texts(10), stacking, max_epochs=4, val=texts())
     charged = sum(one["seconds"] for one in record["charges"].values())
-    total = sum(shape["count"] * shape["seconds_each"] for shape in train_shapes(record)) + charged
+    total = sum(shape["count"] * shape["seconds_each"] for shape in train_kinds(record)) + charged
     assert record["reference_seconds"] == pytest.approx(total, rel=1e-12)
     assert record["curve"][-1]["reference_seconds"] == pytest.approx(total, rel=1e-12)
-    assert all(shape["price"] == "replay" and shape["seconds_each"] > 0 for shape in train_shapes(record))
+    assert all(shape["price"] == "replay" and shape["seconds_each"] > 0 for shape in train_kinds(record))
     for clock in ("steps", "samples", "tokens", "flops", "reference_seconds", "wall_seconds", "cpu_seconds"):
         values = [point[clock] for point in record["curve"]]
         assert values == sorted(values), clock
@@ -436,7 +479,7 @@ def test_a_hiccup_decides_nothing_and_a_slow_shape_does(tmp_path):
     one = fit(tmp_path / "hiccup", hiccup, texts(10), max_epochs=5, repeats=9)
     assert one["wall_seconds"] > 2 > one["reference_seconds"]
     each = fit(tmp_path / "slow", slow, texts(10), max_epochs=5, repeats=9)
-    price = {shape["samples"]: shape["seconds_each"] for shape in train_shapes(each)}
+    price = {shape["samples"]: shape["seconds_each"] for shape in train_kinds(each)}
     assert price[2] >= 0.1 > price[4]
     assert each["reference_seconds"] >= 5 * 0.1
 
@@ -446,8 +489,8 @@ def test_charges_are_added_once_and_are_no_step_time(tmp_path):
     charges = record["charges"]
     assert (charges["selection"]["count"], charges["mask"]["count"]) == (5, 5)
     assert min(charges["selection"]["seconds"], charges["mask"]["seconds"]) >= 5 * 0.1
-    assert all(shape["seconds_each"] < 0.1 for shape in train_shapes(record))
-    total = sum(shape["count"] * shape["seconds_each"] for shape in train_shapes(record))
+    assert all(shape["seconds_each"] < 0.1 for shape in train_kinds(record))
+    total = sum(shape["count"] * shape["seconds_each"] for shape in train_kinds(record))
     added = charges["selection"]["seconds"] + charges["mask"]["seconds"]
     assert record["reference_seconds"] == pytest.approx(total + added)
 
@@ -485,25 +528,27 @@ def test_an_earlier_run_is_charged_once_on_all_clocks(tmp_path):
     }
     assert record["steps"] == 2
     assert record["flops"] == earlier["flops"] * 5 // 3
-    steps = sum(shape["count"] * shape["seconds_each"] for shape in train_shapes(record))
+    steps = sum(shape["count"] * shape["seconds_each"] for shape in train_kinds(record))
     assert record["reference_seconds"] == pytest.approx(steps + earlier["reference_seconds"])
     assert record["wall_seconds"] > earlier["wall_seconds"] - 0.1  # its checkpoint is from just before its end
     assert [point["flops"] for point in record["curve"]] == [record["flops"]]
 
 
-def test_charges_of_a_checkpoint_from_before_they_had_flops_are_kept():
-    ledger, key = Ledger(), (("kind", "train"), ("samples", 4), ("tokens", 64), ("update", True))
-    ledger.count(key, step=0)
-    ledger.charge("growth", 1.5)
-    ledger.add_point(1, {"val/loss": 2.0}, {})
-    state = copy.deepcopy(ledger.state_dict())
-    state["charges"] = {what: [count, seconds] for what, (count, seconds, _) in state["charges"].items()}
-    for point in state["curve"]:
-        point["charged_seconds"] = point.pop("charged")[0]
-    del state["calibrated"]
-    again = Ledger()
-    again.load_state_dict(state)
-    assert again.record() == ledger.record()
+def test_counts_of_an_earlier_version_are_left_with_a_warning(tmp_path):
+    earlier, standing = CostMeter(repeats=0), SimpleNamespace(callbacks=[CostMeter()])
+    saver = ModelCheckpoint(tmp_path, filename="earlier", save_on_train_epoch_end=False, every_n_train_steps=3)
+    fit(tmp_path, Bert(), texts(), earlier, saver, max_steps=3)
+    checkpoint = torch.load(tmp_path / "earlier.ckpt", weights_only=True)
+    assert charge_run(standing, "earlier", checkpoint)  # type: ignore[arg-type]
+    state = checkpoint["callbacks"]["CostMeter"]
+    del state["form"]
+    state["stages"] = [{"shape": stage.pop("kind")} | stage for stage in state["stages"]]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert not charge_run(standing, "old", checkpoint)  # type: ignore[arg-type]
+    assert list(standing.callbacks[0].ledger.charges) == ["earlier"]
+    with pytest.warns(match="counted from this step on"):
+        record = fit(tmp_path, Bert(), texts(), max_steps=5, repeats=0, ckpt_path=tmp_path / "old.ckpt")
+    assert record["steps"] == 2
 
 
 def test_recompiles_are_charged_and_replays_are_not(tmp_path):
@@ -546,7 +591,7 @@ def test_a_step_that_cannot_be_replayed_keeps_its_price_from_the_run(tmp_path):
         without, with_meter, meter = both_warning(tmp_path, Once)
     assert sum("could not replay" in str(w.message) for w in caught) == 1
     assert_same(without, with_meter)
-    shapes = train_shapes(meter.ledger.record())
+    shapes = train_kinds(meter.ledger.record())
     assert all(shape["price"] == "run" and shape["seconds_each"] > 0 for shape in shapes)
 
 
@@ -564,7 +609,7 @@ def test_copies_that_do_not_fit_into_memory_are_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_scale.restoring._free_memory", lambda: 1000)
     with pytest.warns(UserWarning, match="copies of weights and optimizer need"):
         record = fit(tmp_path, Bert(), texts(), max_steps=5)
-    assert {shape["price"] for shape in record["shapes"]} == {"run"}
+    assert {shape["price"] for shape in record["step_kinds"]} == {"run"}
 
 
 def test_manual_optimization_is_counted_and_priced_from_the_run(tmp_path):
@@ -583,13 +628,13 @@ def test_manual_optimization_is_counted_and_priced_from_the_run(tmp_path):
     record = fit(tmp_path, Manual(), images(), max_steps=6)
     assert (record["steps"], record["samples"]) == (6, 24)
     assert record["flops"] > 0 < record["reference_seconds"]
-    assert {shape["price"] for shape in record["shapes"]} == {"run"}
+    assert {shape["price"] for shape in record["step_kinds"]} == {"run"}
 
 
 def test_many_shapes_keep_the_replay_short(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_scale.cost.meter._REPLAYED", 2)
     record = fit(tmp_path, Bert(), texts(16, lengths=(4, 5, 6, 7)), max_epochs=2, repeats=1)
-    assert [shape["price"] for shape in train_shapes(record)] == ["replay", "replay", "run", "run"]
+    assert [shape["price"] for shape in train_kinds(record)] == ["replay", "replay", "run", "run"]
 
 
 def test_an_exception_in_the_first_step_leaves_no_mode_behind(tmp_path):
@@ -626,14 +671,14 @@ def test_a_resumed_run_has_the_record_of_an_uninterrupted_one(tmp_path, stop):
     whole = run(tmp_path / "whole")
     checkpoint = torch.load(tmp_path / "whole" / f"step={stop}.ckpt", weights_only=True)
     state = checkpoint["callbacks"]["CostMeter"]
-    assert sum(n for key, n in state["counts"] if dict(key)["kind"] == "train") == stop
+    assert sum(n for key, n in state["counts"] if dict(key)["phase"] == "train") == stop
     again = run(tmp_path / "again", ckpt_path=tmp_path / "whole" / f"step={stop}.ckpt")
     expected, got = without_times(whole), without_times(again)
     assert whole["charges"]["growth"]["count"] == again["charges"]["growth"]["count"] == 2
     if stop % 2 == 0:  # Lightning skips the validation that should follow a step it resumes from
         for record in (expected, got):
             record["curve"] = [p for p in record["curve"] if p["step"] != stop]
-            for part in (record["stages"], record["shapes"], record["validation"]):
+            for part in (record["stages"], record["step_kinds"], record["validation"]):
                 drop_validation(part)
     assert got == expected
     assert again["wall_seconds"] > 0
@@ -643,7 +688,7 @@ def drop_validation(part: Any) -> None:
     if isinstance(part, dict):
         part.clear()
     else:
-        part[:] = [{k: v for k, v in one.items() if k != "metrics"} for one in part if one.get("kind") != "validate"]
+        part[:] = [{k: v for k, v in one.items() if k != "metrics"} for one in part if one.get("phase") != "validate"]
 
 
 def test_the_meter_refuses_to_resume_without_the_technique(tmp_path):
@@ -679,7 +724,7 @@ def test_the_record_says_what_was_run_and_on_what(tmp_path):
     stacking = ProgressiveStacking([(0.0, 1), (0.5, 4)])
     record = fit(tmp_path, Bert(), texts(), stacking, meter, max_steps=4, val=texts(4), **every(2))
     names = """recipe technique baseline seed steps samples tokens flops reference_seconds wall_seconds cpu_seconds
-        peak_memory_bytes optimizer_state_bytes parameters metrics curve stages shapes charges validation versions
+        peak_memory_bytes optimizer_state_bytes parameters metrics curve stages step_kinds charges validation versions
         hardware precision hparams world_size command"""
     assert set(names.split()) <= set(record)
     assert (record["recipe"], record["technique"], record["baseline"]) == ("tiny", "progressive_stacking", False)
@@ -760,10 +805,13 @@ def test_two_processes_write_one_record_of_the_whole_run(tmp_path, run_python):
     assert record["flops"] == sum(
         2 * bert_flops(4, 8, blocks) + bert_flops(4, 6 if blocks == 1 else 4, blocks) * 2 for blocks in (1, 4)
     )
-    assert [(s["blocks"], s["steps"], s["tokens"]) for s in record["stages"]] == [(1, 2, 112), (4, 2, 96)]
+    assert [(s["progressive_stacking/blocks"], s["steps"], s["tokens"]) for s in record["stages"]] == [
+        (1, 2, 112),
+        (4, 2, 96),
+    ]
     assert [(p["step"], p["tokens"]) for p in record["curve"]] == [(2, 112), (4, 208)]
     assert record["curve"][-1]["flops"] == record["flops"]
     charged = sum(one["seconds"] for one in record["charges"].values())
-    total = sum(shape["count"] * shape["seconds_each"] for shape in train_shapes(record)) / 2 + charged
+    total = sum(shape["count"] * shape["seconds_each"] for shape in train_kinds(record)) / 2 + charged
     assert record["reference_seconds"] == pytest.approx(total)
     assert 0 < record["reference_seconds"] < record["wall_seconds"]

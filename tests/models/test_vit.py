@@ -322,7 +322,7 @@ def test_digits_are_learned_far_above_chance(run: Callable[..., Any], capsys: py
     (record,) = run().values()
     assert 0.1 <= record["chance_accuracy"] < 0.2
     assert record["metrics"]["val/accuracy"] > 3 * record["chance_accuracy"]
-    assert [stage["blocks"] for stage in record["stages"]] == [1, 2, 4]
+    assert [stage["progressive_stacking/blocks"] for stage in record["stages"]] == [1, 2, 4]
     said = " ".join(capsys.readouterr().out.split())
     assert f"always the most frequent class would reach {record['chance_accuracy']:.1%}" in said
     assert f"validation accuracy {record['metrics']['val/accuracy']:.1%}" in saving_line(record)

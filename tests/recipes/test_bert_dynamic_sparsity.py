@@ -26,7 +26,7 @@ def test_the_recipe_computes_some_of_the_units_and_learns(tiny, monkeypatch, cap
     assert run(tiny, monkeypatch, *HALF, "--dynamic_sparsity.every=5", "--trainer.max_steps=30") == 0
     record, printed = tiny.record(ROOT), capsys.readouterr()
     few, all_ = record["stages"]
-    assert (few["growing"], all_["growing"]) == (False, True)
+    assert (few["dynamic_sparsity/growing"], all_["dynamic_sparsity/growing"]) == (False, True)
     assert (few["steps"], all_["steps"]) == (26, 4)
     assert few["flops"] / few["steps"] < 0.7 * all_["flops"] / all_["steps"]
     assert record["metrics"]["val/loss"] < record["curve"][0]["metrics"]["val/loss"], "it learns"

@@ -17,7 +17,7 @@ def test_the_recipe_stacks_and_tells_what_it_saved(tiny, capsys):
     assert tiny.here("--trainer.max_steps=30") == 0
     printed = capsys.readouterr()
     record = tiny.record()
-    blocks = [stage["blocks"] for stage in record["stages"]]
+    blocks = [stage["progressive_stacking/blocks"] for stage in record["stages"]]
     assert blocks == sorted(blocks)
     assert blocks[-1] == 4
     assert record["recipe"] == "bert_progressive_stack"
@@ -40,7 +40,11 @@ def test_compare_trains_both_from_the_same_start(tiny, capsys):
     assert baseline["baseline"]
     assert baseline["steps"] == stacked["steps"] == 8
     assert baseline["tokens"] == stacked["tokens"]
-    each = {shape["blocks"]: shape["flops_each"] for shape in stacked["shapes"] if shape["kind"] == "train"}
+    each = {
+        shape["progressive_stacking/blocks"]: shape["flops_each"]
+        for shape in stacked["step_kinds"]
+        if shape["phase"] == "train"
+    }
     assert baseline["flops"] == 8 * each[4]
     assert stacked["flops"] == 4 * each[2] + 4 * each[4]
     out = capsys.readouterr().out

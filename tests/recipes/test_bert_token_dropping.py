@@ -26,7 +26,7 @@ def run(tiny, monkeypatch, *args):
 def test_the_recipe_drops_tokens_and_tells_what_it_saved(tiny, monkeypatch, capsys):
     assert run(tiny, monkeypatch, "--token_dropping.until=0.5", "--trainer.max_steps=20") == 0
     record, printed = tiny.record(ROOT), capsys.readouterr()
-    assert [stage["kept"] for stage in record["stages"]] == [0.25, 1.0]
+    assert [stage["token_dropping/kept"] for stage in record["stages"]] == [0.25, 1.0]
     quarter, full = (stage["flops"] / stage["steps"] for stage in record["stages"])
     assert quarter < full
     assert record["metrics"]["val/loss"] < record["curve"][0]["metrics"]["val/loss"], "it learns"
@@ -65,5 +65,5 @@ def test_flags_that_cannot_work_are_one_line(tiny, monkeypatch, capsys, flag, co
 def test_masks_can_join_late(tiny, monkeypatch):
     kind = ["--token_dropping.drop=masked", "--token_dropping.keep=null", "--token_dropping.before=null"]
     assert run(tiny, monkeypatch, *kind, "--data.mask_rate=0.4") == 0
-    assert tiny.record(ROOT)["stages"][0]["kept"] == "unmasked"
+    assert tiny.record(ROOT)["stages"][0]["token_dropping/kept"] == "unmasked"
     assert any("masks join late" in key for key in tiny.checkpoint(ROOT)["state_dict"])

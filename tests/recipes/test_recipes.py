@@ -66,7 +66,7 @@ def folder(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def plain_steps(record: dict) -> set[int]:
     """FLOPs of the plain steps, whether they were made or only priced."""
-    return {s["flops_each"] for s in record["shapes"] if s["kind"] == "train" and s["plain"] and s["update"]}
+    return {s["flops_each"] for s in record["step_kinds"] if s["phase"] == "train" and s["plain"] and s["update"]}
 
 
 @pytest.mark.parametrize("recipe", FLAGS)

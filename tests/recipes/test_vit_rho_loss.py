@@ -71,9 +71,9 @@ def test_the_second_model_comes_first_and_is_charged() -> None:
     assert first["parameters"] < technique["parameters"] == baseline["parameters"]
     charge = technique["charges"]["irreducible losses"]
     assert (charge["count"], charge["flops"]) == (1, first["flops"])
-    made = sum(s["count"] * s["flops_each"] for s in technique["shapes"] if s["kind"] == "train")
+    made = sum(s["count"] * s["flops_each"] for s in technique["step_kinds"] if s["phase"] == "train")
     assert technique["flops"] == made + first["flops"]
-    seconds = sum(s["count"] * s["seconds_each"] for s in technique["shapes"] if s["kind"] == "train")
+    seconds = sum(s["count"] * s["seconds_each"] for s in technique["step_kinds"] if s["phase"] == "train")
     assert technique["reference_seconds"] == pytest.approx(seconds + charge["seconds"])
     assert technique["wall_seconds"] > first["wall_seconds"]
     point = technique["curve"][0]  # the clocks begin behind the first run
@@ -84,7 +84,7 @@ def test_the_second_model_comes_first_and_is_charged() -> None:
     compared = json.loads((ROOT / "comparison.json").read_text())
     assert compared.keys() == {"baseline", "rho_loss"}
     # both sides at the price of one plain step, which the technique's run has timed in turn with its own
-    (plain,) = [s for s in technique["shapes"] if s["kind"] == "train" and s["plain"]]
+    (plain,) = [s for s in technique["step_kinds"] if s["phase"] == "train" and s["plain"]]
     assert compared["baseline"]["reference_seconds"] == pytest.approx(6 * plain["seconds_each"])
 
 
