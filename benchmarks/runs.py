@@ -25,13 +25,6 @@ from typing import Any
 from provenance import ROOT, code_digest
 from tasks import Task
 
-
-def _SHIM(record):
-    if "step_kinds" not in record:
-        record["step_kinds"] = [k | {"phase": k["kind"]} for k in record["shapes"]]
-    return record
-
-
 __all__ = ["Run", "Runner", "plain_seconds", "steps_of"]
 
 
@@ -205,7 +198,7 @@ class Runner:
                 raise RuntimeError(f"{run.name} ended with exit code {child.exitcode}:\n{tail}")
         for checkpoint in folder.rglob("*.ckpt"):
             checkpoint.unlink()
-        return _SHIM(json.loads(result.read_text()))
+        return json.loads(result.read_text())
 
     def stop(self) -> None:
         """Let the runs in progress save a checkpoint and end."""
