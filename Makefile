@@ -7,10 +7,10 @@ STAMP := $(VENV)/.setup-done
 JOBS := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo check test test-fast lint typecheck format check-results bench clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## Install everything into VENV (.venv); again only when the requirements changed
 
@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## Train a small BERT with progressive stacking
 	$(BIN)/python recipes/bert_progressive_stack.py
 
+check: lint typecheck check-results test-fast  ## What to run before a commit; make -k check goes on after a failure
+
 test: setup  ## Run every test, the slow ones last
 	$(BIN)/python -m pytest $(JOBS)
 
@@ -36,9 +38,15 @@ lint: setup  ## Check format, style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+typecheck: setup  ## Check the types of benchmarks, recipes and tests too
+	$(BIN)/python -m mypy lit_scale benchmarks recipes tests
+
 format: setup  ## Format the code and mend what ruff can mend
 	$(BIN)/python -m ruff check --fix-only .
 	$(BIN)/python -m ruff format .
+
+check-results: setup  ## Check that the stored results belong to the code
+	if [ -f benchmarks/check.py ]; then $(BIN)/python benchmarks/check.py; fi
 
 bench: setup  ## Measure the savings of progressive stacking on this CPU
 	$(BIN)/python benchmarks/savings.py bert_progressive_stack --preset cpu
