@@ -5,12 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 JOBS := -n auto --maxprocesses 8 --dist worksteal
+# without the theme's notice of its end of life, which pyproject.toml tells
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench clean
+.PHONY: help setup demo check test test-fast lint typecheck format docs docs-serve check-results bench clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## Install everything into VENV (.venv); again only when the requirements changed
 
@@ -19,11 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "lit_scale needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[test,lint]' -c constraints.txt
+	$(BIN)/python -m pip install -e '.[test,lint,docs]' -c constraints.txt
 	@touch $@
 
 demo: setup  ## Train a small BERT with progressive stacking
 	$(BIN)/python recipes/bert_progressive_stack.py
+
+check: lint typecheck check-results test-fast  ## What to run before a commit; make -k check goes on after a failure
 
 test: setup  ## Run every test, the slow ones last
 	$(BIN)/python -m pytest $(JOBS)
@@ -36,13 +40,25 @@ lint: setup  ## Check format, style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+typecheck: setup  ## Check the types of benchmarks, recipes and tests too
+	$(BIN)/python -m mypy lit_scale benchmarks recipes tests
+
 format: setup  ## Format the code and mend what ruff can mend
 	$(BIN)/python -m ruff check --fix-only .
 	$(BIN)/python -m ruff format .
+
+docs: setup  ## Build the documentation into site/; a broken link fails
+	$(MKDOCS) build --strict
+
+docs-serve: setup  ## Show the documentation while it is edited
+	$(MKDOCS) serve
+
+check-results: setup  ## Check that the stored results belong to the code
+	if [ -f benchmarks/check.py ]; then $(BIN)/python benchmarks/check.py; fi
 
 bench: setup  ## Measure the savings of progressive stacking on this CPU
 	$(BIN)/python benchmarks/savings.py bert_progressive_stack --preset cpu
 
 clean:  ## Remove build outputs and caches (the environment and runs/ stay)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.git -prune -o -path './$(VENV)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
