@@ -18,7 +18,7 @@ CIFAR10 = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object for each name
 class Task:
     """Data, metric, sizes, budgets and rates.
 
