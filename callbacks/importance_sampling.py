@@ -88,7 +88,8 @@ class ImportanceSampling(SampleChoice):
         threshold: The gate is open while tau is above; None is where choosing pays, ``(presample + 3) / 3``, a step's
             backward pass costing two forward ones.
         look_every: With the gate closed, every so many batches the scores are looked at.
-        output: Path of the last layer; None finds the output by itself (:func:`lit_scale.scores.output_gradients`).
+        output: Path of the last layer; None finds the output by itself
+            (:func:`lit_scale.factors.scores.output_gradients`).
         seed: Of the draws, which are a function of (seed, rank, batch counter).
 
     Raises:

@@ -27,7 +27,7 @@ class LargeBatch(Technique):
 
     A run limited by epochs then sees the same data in fewer optimizer steps, one limited by ``max_steps`` more data in
     as many. LAMB takes the groups of the module's own optimizer; those without decay are not adapted, so keep biases
-    and norms in one of them, as :func:`lit_scale.optimizers.create_optimizer` does.
+    and norms in one of them, as :func:`lit_scale.factors.optimizers.create_optimizer` does.
 
     Args:
         times: Micro-batches of an optimizer step, times the Trainer's own ``accumulate_grad_batches``.

@@ -73,7 +73,7 @@ class ProgressiveStacking(Technique):
         stages: (start, depth) pairs; starts are fractions of the run, ascending from 0 and below 1; depths ascend, each
             a multiple of the one before, as a fraction of the blocks (float) or a number of blocks (int).
         growth: ``"stack"`` puts the copies on top (block l copies l - L), ``"interleave"`` each above its original.
-        moments: What becomes of the optimizer state; see :func:`lit_scale.optimizers.transfer_state`.
+        moments: What becomes of the optimizer state; see :func:`lit_scale.factors.optimizers.transfer_state`.
         rewarmup: Fraction of the run over which the learning rate climbs back from 0 after each growth; 0 is off.
         freeze_old: Train only what lies above the old blocks in every growth stage but the last (MSLT, Yang et al.
             2020): gradients stop at the first new block. Under DDP this needs ``ddp_find_unused_parameters_true``.

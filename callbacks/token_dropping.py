@@ -35,7 +35,7 @@ class TokenDropping(Technique):
     Evaluation uses all tokens where they are dropped as ``"easy"`` or at ``"random"``. Where the ``"masked"`` join
     late the network is another one, and they join late in evaluation too: its checkpoints are marked, so that strict
     loading refuses them without this callback, and after training it refuses to run without it
-    (:func:`lit_scale.tokens.release_tokens` lets all tokens through again, for text without masks).
+    (:func:`lit_scale.factors.tokens.release_tokens` lets all tokens through again, for text without masks).
 
     What is needed of the module and its batches, which are dicts:
 
@@ -143,7 +143,8 @@ class TokenDropping(Technique):
         if late is not None and (not self._choice.lasting or late != span):
             raise ValueError(
                 f"masked positions of this model pass blocks {late} by; with drop={self.drop!r} and blocks {span} it "
-                "would be another; use TokenDropping as it was trained, or call lit_scale.tokens.release_tokens first"
+                "would be another; use TokenDropping as it was trained, or call "
+                "lit_scale.factors.tokens.release_tokens first"
             )
         if any(getattr(other, "freeze_old", False) for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(

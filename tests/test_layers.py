@@ -66,6 +66,14 @@ def wrong(sources: dict[str, str]) -> list[str]:
     return found
 
 
+def missing(sources: dict[str, str]) -> list[str]:
+    """Imports of modules that are not there; an installed copy of the package could hide them."""
+    known = set(sources)
+    return [
+        f"{name} imports {other}" for name, source in sources.items() for other in set(imports(source, known)) - known
+    ]
+
+
 def circles(sources: dict[str, str]) -> list[str]:
     """Modules that import each other, whichever way round."""
     known = set(sources)
@@ -81,6 +89,7 @@ def test_dependencies_point_one_way() -> None:
     sources = {name: path.read_text() for name, path in modules().items()}
     assert {part(name) for name in sources} - {""} == set(MAY_IMPORT), "a part without a place among the layers"
     assert not wrong(sources)
+    assert not missing(sources)
     assert not circles(sources)
 
 

@@ -43,7 +43,7 @@ def create_optimizer(
       Nesterov momentum. Rates are on AdamW's scale.
     - ``"adamw8bit"``, ``"lion8bit"``, ``"lamb8bit"``, ``"adam8bit"``, ``"ademamix8bit"`` and, with decay added to the
       gradient, ``"sgd8bit"``, ``"rmsprop8bit"``, ``"adagrad8bit"`` keep 8-bit state
-      (:mod:`lit_scale.eight_bit`), in 32 bits for embeddings and for tensors of fewer than 4096 elements.
+      (:mod:`lit_scale.factors.eight_bit`), in 32 bits for embeddings and for tensors of fewer than 4096 elements.
 
     Args:
         module: Whose parameters are trained, on the device where they will be.

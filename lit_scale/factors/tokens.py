@@ -152,7 +152,7 @@ class TokenSpan:
             batch; when it runs, if what enters is not (B, T, C), or an argument's positions cannot be told.
 
     Example:
-        >>> from lit_scale.blocks import find_blocks
+        >>> from lit_scale.factors.blocks import find_blocks
         >>> from lit_scale.nn import Encoder
         >>> encoder = Encoder(depth=4, width=8, num_heads=2)
         >>> span = TokenSpan(find_blocks(encoder), [1, 2], lambda x: torch.tensor([[0, 3]]))
@@ -312,7 +312,7 @@ def release_tokens(stack: BlockStack) -> None:
     Right for a network whose masks joined late when it goes on to text that has none, as in fine-tuning.
 
     Args:
-        stack: The blocks of the network, from :func:`lit_scale.blocks.find_blocks`.
+        stack: The blocks of the network, from :func:`lit_scale.factors.blocks.find_blocks`.
     """
     for span in list(stack.container.__dict__.get("_token_spans", ())):
         span.remove()

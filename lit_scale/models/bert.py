@@ -37,7 +37,7 @@ class BertMLM(Scheduled):
         norm: ``"pre"`` normalises before each sublayer and needs no care; ``"post"`` after, as BERT did.
         dropout: Dropout everywhere (0.1 in BERT, 0 where data is seen about once, Geiping and Goldstein 2022).
         init_std: Standard deviation of the initial weights (0.02 in BERT's code).
-        optimizer: Any name that :func:`lit_scale.optimizers.create_optimizer` knows.
+        optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate.
         weight_decay: Decay of matrices; biases, norms and other vectors have none.
         beta2: Decay of the second moment, for the optimizers of Adam's kind (0.98 in RoBERTa).

@@ -32,7 +32,7 @@ class GPT(Scheduled):
         dropout: Dropout everywhere (0.1 in GPT-2, 0 where data is seen about once).
         init_std: Standard deviation of the initial weights (0.02); what sublayers add to the stream starts smaller by
             1 / sqrt(2 depth).
-        optimizer: Any name that :func:`lit_scale.optimizers.create_optimizer` knows.
+        optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate.
         weight_decay: Decay of matrices; biases, norms and other vectors have none (0.1 in Brown et al. 2020).
         beta2: Decay of the second moment, for the optimizers of Adam's kind (0.95 in Brown et al. 2020).

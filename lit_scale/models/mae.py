@@ -54,7 +54,7 @@ class MaskedAutoencoder(Scheduled):
         decoder_depth: Blocks of the decoder (8, table 1a).
         decoder_width: Channels of the decoder (512, table 1b).
         decoder_heads: Attention heads of the decoder (16 in the paper's code).
-        optimizer: Any name that :func:`lit_scale.optimizers.create_optimizer` knows.
+        optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate (1.5e-4 per 256 images, table 8).
         weight_decay: Decay of matrices (0.05, table 8).
         beta2: Decay of the second moment, for the optimizers of Adam's kind (0.95, table 8).

@@ -39,7 +39,7 @@ class ViTClassifier(Scheduled):
         drop_path: Rate at which the last block is skipped for a sample, rising linearly from 0 at the first (Huang et
             al. 2016; 0.1 in DeiT, Touvron et al. 2021).
         label_smoothing: Share of the target spread over all classes in training (0.1 in DeiT).
-        optimizer: Any name that :func:`lit_scale.optimizers.create_optimizer` knows.
+        optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate.
         weight_decay: Decay of matrices; biases, norms, position embeddings and other vectors have none (0.05 in DeiT).
         beta2: Decay of the second moment, for the optimizers of Adam's kind.

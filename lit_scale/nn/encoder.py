@@ -96,7 +96,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder blocks, of which some may be switched off (:class:`~lit_scale.blocks.BlockList`).
+    """A stack of encoder blocks, of which some may be switched off (:class:`~lit_scale.factors.blocks.BlockList`).
 
     Args:
         depth: Number of blocks.
