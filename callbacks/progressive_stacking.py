@@ -143,8 +143,8 @@ class ProgressiveStacking(ActiveBlocks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse stages that do not fit the model; a new run starts at the first depth."""
-        ddp = stage == "fit" and isinstance(trainer.strategy, DDPStrategy)
-        if self.freeze_old and ddp and not trainer.strategy._ddp_kwargs.get("find_unused_parameters"):
+        options = trainer.strategy._ddp_kwargs if isinstance(trainer.strategy, DDPStrategy) else None
+        if stage == "fit" and self.freeze_old and options is not None and not options.get("find_unused_parameters"):
             raise ValueError("freeze_old=True needs strategy='ddp_find_unused_parameters_true'")
         super().setup(trainer, pl_module, stage)
         self._depths = self._resolve_depths(len(self.stack))

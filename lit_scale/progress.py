@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lit_scale.trainers import callbacks_of
 
-__all__ = ["Windows", "batches_after", "progress", "progress_after", "steps_after", "windows_of"]
+__all__ = ["Windows", "batches_after", "progress", "progress_after", "steps_after", "total_steps", "windows_of"]
 
 Windows = Sequence[tuple[int, int]]
 
@@ -71,6 +71,19 @@ def _fraction(trainer: Trainer, step: int) -> float:
             fraction = spent / max(spent + left, 1e-9)
             done.append(trainer.strategy.broadcast(fraction) if trainer.world_size > 1 else fraction)
     return min(1.0, max(done))
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run, as far as ``max_steps`` and ``max_epochs`` tell; None where neither does.
+
+    Args:
+        trainer: A Trainer whose loaders exist.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    batches = trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and batches != float("inf"):
+        limits.append(-(-int(batches) // trainer.accumulate_grad_batches) * trainer.max_epochs)
+    return min(limits, default=None)
 
 
 def windows_of(trainer: Trainer) -> Windows:

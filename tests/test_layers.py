@@ -15,6 +15,7 @@ GROUND = {"batches", "progress", "restoring", "schedules", "seeds", "trainers", 
 #: neither imports the other, nor anything else on its own level.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
+    "progress": {"trainers"},
     "technique": GROUND,
     "factors": GROUND | {"technique"},
     "guards": set(),
