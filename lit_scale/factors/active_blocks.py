@@ -211,8 +211,8 @@ class ActiveBlocks(Technique):
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """All blocks run."""
-        return len(self.stack.active) == len(self.stack)
+        """All blocks run, in the latest step where they are chosen for one."""
+        return len(self._chosen if self.for_one_step else self.stack.active) == len(self.stack)
 
     def step_kind(self) -> dict[str, Any]:
         """The number of active blocks, which cost the same since they are alike."""

@@ -121,8 +121,9 @@ class UnitGroup:
             elif forward is own:
                 vars(linear)["forward"] = own.before
             while forward is not None:  # a group that was attached later puts back what this one would have
-                if (before := getattr(forward, "before", None)) is own:
-                    forward.before = own.before
+                before: Any = vars(forward).get("before") if isinstance(forward, partial) else None
+                if before is own:
+                    vars(forward)["before"] = own.before
                 forward = before
         self._attached = []
 
