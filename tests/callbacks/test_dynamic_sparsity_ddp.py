@@ -106,9 +106,9 @@ def test_with_a_choice_of_its_own_each_rank_drifts_away(
 class OnItsOwn(DynamicSparsity):
     """Each rank draws its own masks."""
 
-    def _generator(self, *args: Any) -> torch.Generator:
+    def generator(self, *args: Any) -> torch.Generator:
         self.seed = dist.get_rank()
-        return super()._generator(*args)
+        return super().generator(*args)
 
 
 CASES: dict[str, dict[str, Any]] = {
