@@ -7,12 +7,11 @@ A step's cost falls with the depth: with 1/4, 1/2 and all blocks for a third of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_scale.cost import charge
@@ -143,11 +142,14 @@ class ProgressiveStacking(ActiveBlocks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse stages that do not fit the model; a new run starts at the first depth."""
-        options = trainer.strategy._ddp_kwargs if isinstance(trainer.strategy, DDPStrategy) else None
-        if stage == "fit" and self.freeze_old and options is not None and not options.get("find_unused_parameters"):
-            raise ValueError("freeze_old=True needs strategy='ddp_find_unused_parameters_true'")
         super().setup(trainer, pl_module, stage)
         self._depths = self._resolve_depths(len(self.stack))
+
+    def check_ddp(self, options: Mapping[str, Any]) -> None:
+        """Blocks that freeze need ``find_unused_parameters``."""
+        super().check_ddp(options)
+        if self.freeze_old and not options.get("find_unused_parameters"):
+            raise ValueError("freeze_old=True needs strategy='ddp_find_unused_parameters_true'")
 
     def first_blocks(self) -> tuple[int, ...]:
         """Those of the first depth."""

@@ -81,6 +81,16 @@ class ActiveBlocks(Technique):
         """Indices of the blocks that run when a new run begins; all by default."""
         return range(len(self.stack))
 
+    def check_ddp(self, options: Mapping[str, Any]) -> None:
+        """Refuse keyword arguments of DistributedDataParallel that do not fit, before anything is changed."""
+        name = type(self).__name__
+        if options.get("static_graph"):
+            raise ValueError(f"{name} changes the graph; use DDPStrategy(static_graph=False)")
+        if self.for_one_step and not options.get("find_unused_parameters"):
+            raise ValueError(
+                f"{name} runs other blocks at every step, which needs strategy='ddp_find_unused_parameters_true'"
+            )
+
     def blocks_of_kind(self, count: int) -> Iterable[int]:
         """The blocks that run where the clock prices ``count`` of them: the latest that did, or else the lowest."""
         return self._seen.get(count, range(count))
@@ -128,13 +138,7 @@ class ActiveBlocks(Technique):
             return
         self._seen = {}
         if isinstance(trainer.strategy, DDPStrategy):
-            name, options = type(self).__name__, trainer.strategy._ddp_kwargs
-            if options.get("static_graph"):
-                raise ValueError(f"{name} changes the graph; use DDPStrategy(static_graph=False)")
-            if self.for_one_step and not options.get("find_unused_parameters"):
-                raise ValueError(
-                    f"{name} runs other blocks at every step, which needs strategy='ddp_find_unused_parameters_true'"
-                )
+            self.check_ddp(trainer.strategy._ddp_kwargs)
         self._begins = trainer.global_step == 0 and len(self.stack.active) == len(self.stack)
         if self._begins:
             self._show(trainer, self.first_blocks())
