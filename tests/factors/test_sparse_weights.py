@@ -173,6 +173,16 @@ def test_a_resumed_run_ends_like_the_whole_one(kind: str, make: type[SparseWeigh
         assert all(map(torch.equal, whole.state_dict().values(), rest.state_dict().values())), stop
 
 
+def test_the_same_trainer_goes_on_with_its_masks(tmp_path: Path) -> None:
+    sparsity = Wandering(0.3, granularity="weight")
+    watcher = Watcher(sparsity)
+    module, trainer = fit(tmp_path, sparsity, watcher, max_steps=2)
+    trainer.fit_loop.epoch_loop.max_steps = 3
+    trainer.fit(module, loader("bert", size=16))
+    before, after = watcher.active[1:]
+    assert all(map(torch.equal, before, after)), "and does not draw them anew"
+
+
 def test_copied_weights_have_the_mask_of_their_originals(tmp_path: Path) -> None:
     sparsity, module = Largest(0.3, granularity="weight"), build("bert")
     trainer = quiet_trainer(tmp_path, callbacks=[sparsity])
