@@ -344,10 +344,9 @@ class TextDataModule(ResumableDataModule):
         if self._files is None:
             return None
         vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"
-        names = ("vocab_size", "sequence_length", "batch_size", "val_fraction", "test_fraction", "mask_rate")
-        names = (*names, "seed", "split_seed")
+        names = "vocab_size sequence_length batch_size val_fraction test_fraction mask_rate seed split_seed"
         return {
             "corpus": self._corpus_hash,
             "tokenizer": vocabulary,
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in names.split()},
         }
