@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -27,9 +27,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from analysis import analyse, envelope_size, price_of  # noqa: E402
 from entries import ENTRIES, Entry  # noqa: E402
-from runs import Run, Runner, steps_of  # noqa: E402
 from store import Store  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
+
+from runs import Run, Runner, steps_of  # noqa: E402
 
 TUNING_SEED = 1_000  # and beyond: none of those that are reported
 CLOSE = 1.06  # a size whose loss is this far above the best one's is not followed to budgets that suit it even less
@@ -69,22 +70,24 @@ class Sweep:
         """What is compared."""
         return float(entry[split][self.task.metric])
 
-    def tuned(self, store: Store, run: Run, rates: Sequence[float]) -> tuple[float, int]:
-        """The rate with the least validation loss, and how many were tried.
+    def tuned(self, store: Store, runs: Mapping[str, Run], rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """The rate with the least validation loss for each of several runs, which are tuned side by side.
 
         Where the best is the lowest or the highest that was tried, the next beyond it is tried too.
         """
-        tried: dict[float, float] = {}
-        todo = list(rates)
+        tried: dict[str, dict[float, float]] = {name: {} for name in runs}
+        todo = [(name, lr) for name in runs for lr in rates[name]]
         while todo:
-            runs = [replace(run, lr=lr, seed=TUNING_SEED) for lr in todo]
-            tried |= {one.lr: self.loss(entry) for one, entry in zip(runs, self.made(store, runs), strict=True)}
-            known = sorted(tried)
-            best = min(known, key=lambda lr: tried[lr])
-            step = known[1] / known[0] if len(known) > 1 else 2.0
-            beyond = {known[0]: best / step, known[-1]: best * step}.get(best)
-            todo = [] if beyond is None or len(known) == 1 else [float(f"{beyond:.3g}")]
-        return min(tried, key=lambda lr: tried[lr]), len(tried)
+            made = self.made(store, [replace(runs[name], lr=lr, seed=TUNING_SEED) for name, lr in todo])
+            for (name, lr), entry in zip(todo, made, strict=True):
+                tried[name][lr] = self.loss(entry)
+            todo = []
+            for name, losses in tried.items():
+                known, best = sorted(losses), min(losses, key=lambda lr: losses[lr])
+                if len(known) > 1 and best in (known[0], known[-1]):
+                    factor = known[1] / known[0]
+                    todo.append((name, float(f"{best / factor if best == known[0] else best * factor:.3g}")))
+        return {name: min(losses, key=lambda lr: losses[lr]) for name, losses in tried.items()}
 
     # -- plain networks -----------------------------------------------------------------------------------------------
 
@@ -107,10 +110,8 @@ class Sweep:
         task, store = self.task, self.plain
         self.prices()
         budgets = {size: task.trained[1] if size == task.trained[0] else task.headline for size in task.sizes}
-        rates = {
-            size: self.tuned(store, self.plain_run(size, budget, task.rates[0], TUNING_SEED), task.rates)[0]
-            for size, budget in budgets.items()
-        }
+        runs = {size: self.plain_run(size, budget, task.rates[0], TUNING_SEED) for size, budget in budgets.items()}
+        rates = self.tuned(store, runs, dict.fromkeys(task.sizes, task.rates))
         store.data["rates"] = rates
         at_headline = {
             size: self.loss(self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED)])[0])
@@ -137,8 +138,9 @@ class Sweep:
             store,
             [self.plain_run(size, budget, rates[size], seed) for size, budget in sorted(points) for seed in task.seeds],
         )
-        for batch in task.batches:  # the batch size is part of the tuned baseline
-            self.tuned(store, self.other_batch(center, rates[center], batch), [rates[center] / 2**0.5, rates[center]])
+        # the batch size is part of the tuned baseline
+        batches = {str(batch): self.other_batch(center, rates[center], batch) for batch in task.batches}
+        self.tuned(store, batches, {str(b): [rates[center] * 2**power for power in (-1, 0, 1)] for b in task.batches})
         store.save()
 
     def other_batch(self, size: str, lr: float, batch: int) -> Run:
@@ -167,24 +169,25 @@ class Sweep:
             networks = {headline: networks[headline]}
         store.data["headline"] = headline
         store.data["networks"] = {name: list(network) for name, network in networks.items()}
-        for name, (size, budget) in sorted(networks.items(), key=lambda item: item[0] != headline):
-            run = self._technique_run(store, entry, entry.flags, size, budget)
-            own_rate = self.plain.data["rates"][size]
-            lr, tried = self.tuned(store, run, [own_rate / 2, own_rate, own_rate * 2])
-            flags, run = entry.flags, replace(run, lr=lr)
+        runs = {name: self._technique_run(store, entry, entry.flags, *network) for name, network in networks.items()}
+        plain = {name: self.plain.data["rates"][size] for name, (size, _) in networks.items()}
+        tuned = self.tuned(store, runs, {name: [rate / 2, rate, rate * 2] for name, rate in plain.items()})
+        for name in sorted(networks, key=lambda name: name != headline):
+            (size, budget), lr = networks[name], tuned[name]
+            flags, run = entry.flags, replace(runs[name], lr=lr)
             if name == headline and entry.variants:
-                losses = {entry.flags: self.loss(self.made(store, [replace(run, seed=TUNING_SEED)])[0])}
-                for variant in entry.variants.values():
-                    other = self._technique_run(store, entry, variant, size, budget, lr)
-                    losses[variant] = self.loss(self.made(store, [replace(other, seed=TUNING_SEED)])[0])
-                flags = min(losses, key=lambda own: losses[own])
-                run = replace(self._technique_run(store, entry, flags, size, budget), lr=lr)
-                tried += len(entry.variants)
+                others = [self._technique_run(store, entry, own, size, budget, lr) for own in entry.variants.values()]
+                variants = [replace(one, seed=TUNING_SEED) for one in (run, *others)]
+                losses = [self.loss(one) for one in self.made(store, variants)]
+                run = variants[losses.index(min(losses))]
+                assert run.technique is not None
+                flags = run.technique
+            tried = len({one["lr"] for one in store.runs if one["size"] == size and one["seed"] == TUNING_SEED})
             store.data.setdefault("chosen", {})[name] = {
                 "lr": lr,
                 "flags": list(flags),
                 "steps": run.steps,
-                "settings_tried": tried,
+                "settings_tried": tried + (len(entry.variants) if name == headline else 0),
             }
             self.made(store, [replace(run, seed=seed) for seed in task.seeds])
             self._make_control(store, entry, name, size, budget, lr)

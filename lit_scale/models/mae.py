@@ -51,7 +51,8 @@ class MaskedAutoencoder(Scheduled):
         norm_pixels: Whether targets are normalised patch by patch (table 1d).
         encode_masked: Whether the encoder runs over the hidden patches too, as mask tokens (table 1c);
             :class:`~lit_scale.callbacks.MaskedTokenSkip` switches it off.
-        decoder_depth: Blocks of the decoder (8, table 1a).
+        decoder_depth: Blocks of the decoder (8, table 1a); 0 leaves a linear head on the encoder, as in SimMIM (Xie et
+            al. 2022, section 3.3), which needs the hidden patches in the encoder.
         decoder_width: Channels of the decoder (512, table 1b).
         decoder_heads: Attention heads of the decoder (16 in the paper's code).
         optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
@@ -62,9 +63,10 @@ class MaskedAutoencoder(Scheduled):
             cosine to 0 at the run's end.
 
     Raises:
-        ValueError: If ``image_size`` is no multiple of ``patch_size``, ``mask_ratio`` hides none or all of the patches,
-            a width does not divide as its positions and heads need, timm cannot build the architecture or has no plain
-            Vision Transformer of that name, or a batch holds no images of that size.
+        ValueError: If hidden patches are seen by neither encoder nor decoder, ``image_size`` is no multiple of
+            ``patch_size``, ``mask_ratio`` hides none or all of the patches, a width does not divide as its positions
+            and heads need, timm cannot build the architecture or has no plain Vision Transformer of that name, or a
+            batch holds no images of that size.
 
     Example:
         >>> sizes = {"image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "num_heads": 2}
@@ -100,9 +102,11 @@ class MaskedAutoencoder(Scheduled):
     ) -> None:
         super().__init__()
         sizes = {"patch_size": patch_size, "depth": depth, "width": width, "num_heads": num_heads}
-        for name, value in (sizes | {"decoder_depth": decoder_depth}).items():
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if decoder_depth < 0:
+            raise ValueError(f"decoder_depth={decoder_depth} must not be negative; 0 is a linear head")
         if image_size < patch_size or image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
         if decoder_heads < 1 or decoder_width < 1 or decoder_width % decoder_heads:
@@ -117,7 +121,6 @@ class MaskedAutoencoder(Scheduled):
             )
         self.save_hyperparameters()
         self.num_visible = total - round(mask_ratio * total)
-        self.encode_masked = encode_masked
         sizes = {"img_size": image_size, "patch_size": patch_size, "depth": depth, "embed_dim": width}
         sizes["num_heads"] = num_heads
         self.encoder = _vision_transformer(architecture, {k: v for k, v in sizes.items() if v is not None})
@@ -129,6 +132,7 @@ class MaskedAutoencoder(Scheduled):
         self.mask_token = nn.Parameter(torch.empty(width))
         self.to_decoder = nn.Linear(width, decoder_width)
         self.decoder = _blocks(decoder_depth, decoder_width, decoder_heads)
+        self.encode_masked = encode_masked
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.to_pixels = nn.Linear(decoder_width, 3 * patch_size**2)
         self.register_buffer("positions", _sines_and_cosines(self.side, decoder_width), persistent=False)  # (N, D)
@@ -140,6 +144,20 @@ class MaskedAutoencoder(Scheduled):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         self.val_loss = MeanMetric()
+
+    @property
+    def encode_masked(self) -> bool:
+        """Whether the encoder runs over the hidden patches too, as mask tokens."""
+        return self._encode_masked
+
+    @encode_masked.setter
+    def encode_masked(self, value: bool) -> None:
+        if not value and not len(self.decoder):
+            raise ValueError(
+                "decoder_depth=0 cannot restore patches that the encoder does not see; give the autoencoder a decoder "
+                "of one block or more, or let the encoder see them (encode_masked=True, without MaskedTokenSkip)"
+            )
+        self._encode_masked = value
 
     def _fix_positions(self) -> None:
         """Fixed positions in timm's own parameter; class and register tokens have none."""

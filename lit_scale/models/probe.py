@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -24,8 +24,10 @@ from lit_scale.schedules import warmup_cosine
 __all__ = ["ProbeAtEnd", "fine_tune", "linear_probe"]
 
 
-def linear_probe(model: MaskedAutoencoder, data: LightningDataModule, *, decay: float = 1e-4) -> float:
-    """Accuracy on the validation images of a linear classifier on the frozen, mean-pooled features of the others.
+def linear_probe(
+    model: MaskedAutoencoder, data: LightningDataModule, *, decay: float = 1e-4, split: Literal["val", "test"] = "val"
+) -> float:
+    """Accuracy on held-out images of a linear classifier on the frozen, mean-pooled features of the training images.
 
     Features are brought to mean 0 and variance 1 on the training images (the paper's BatchNorm without weights,
     appendix A.1); the classifier is the optimum of a convex problem, found by L-BFGS, so it has no seed.
@@ -34,10 +36,10 @@ def linear_probe(model: MaskedAutoencoder, data: LightningDataModule, *, decay: 
         model: A trained autoencoder, on any device.
         data: A data module that was set up, with batches (images, labels); one epoch of its training images is used.
         decay: Half of it times the squared weights is added to the mean cross-entropy.
+        split: Which held-out images.
     """
-    (train, labels), (held_out, expected) = (
-        _features(model, loader) for loader in (data.train_dataloader(), data.val_dataloader())
-    )
+    loaders = data.train_dataloader(), data.test_dataloader() if split == "test" else data.val_dataloader()
+    (train, labels), (held_out, expected) = (_features(model, loader) for loader in loaders)
     deviation, mean = torch.std_mean(train, 0, correction=0)
     weight, bias = solve((train - mean) / (deviation + 1e-6), labels, decay=decay)
     logits = (held_out - mean) / (deviation + 1e-6) @ weight.T + bias
@@ -188,6 +190,9 @@ class ProbeAtEnd(Callback):
         assert isinstance(pl_module, MaskedAutoencoder)
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.accuracies = {"linear_probe_accuracy": linear_probe(pl_module, data, decay=self.decay)}
+        if getattr(data, "test_set", None) is not None:
+            tested = linear_probe(pl_module, data, decay=self.decay, split="test")
+            self.accuracies["test_linear_probe_accuracy"] = tested
         if self.steps:
             self.accuracies["fine_tune_accuracy"] = fine_tune(pl_module, data, steps=self.steps, lr=self.lr)
         for name, accuracy in self.accuracies.items():
