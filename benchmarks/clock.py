@@ -145,8 +145,7 @@ class Sweep:
 
     def other_batch(self, size: str, lr: float, batch: int) -> Run:
         """A plain run of another batch size with as many samples: about the same cost."""
-        own = next(int(flag.partition("=")[2]) for flag in self.task.flags if flag.startswith("--data.batch_size="))
-        run = self.plain_run(size, self.task.headline * own / batch, lr, TUNING_SEED)
+        run = self.plain_run(size, self.task.headline * self.task.batch_size / batch, lr, TUNING_SEED)
         return replace(run, flags=(f"--data.batch_size={batch}",))
 
     # -- techniques ---------------------------------------------------------------------------------------------------
@@ -158,6 +157,8 @@ class Sweep:
         store.data |= {"technique": entry.technique, "recipe": entry.recipe, "task": task.name, "kind": entry.kind}
         headline = "trained" if task.judged_on == "trained" else "envelope"
         networks = {"envelope": (envelope_size(self.plain, task), task.headline), "trained": task.trained}
+        if entry.suffix:  # a network of its own, which the ladder holds under this ending
+            networks = {name: own for name, own in networks.items() if own[0].endswith(entry.suffix)}
         networks = {
             name: (size, budget)
             for name, (size, budget) in networks.items()
@@ -196,12 +197,20 @@ class Sweep:
         self.finish(entry, store)
 
     def _technique_run(
-        self, store: Store, entry: Entry, flags: tuple[str, ...], size: str, budget: float, lr: float | None = None
+        self,
+        store: Store,
+        entry: Entry,
+        flags: tuple[str, ...],
+        size: str,
+        budget: float,
+        lr: float | None = None,
+        recipe: str = "",
     ) -> Run:
         """A run that costs about the budget; how much its step costs a short run tells first."""
         rate = self.plain.data["rates"][size] if lr is None else lr
         price = price_of(self.plain, size)
-        guess = Run(self.task, size, steps_of(budget / 20, price), rate, TUNING_SEED + 1, entry.recipe, flags)
+        steps = steps_of(budget / 20, price * entry.relative_cost)
+        guess = Run(self.task, size, steps, rate, TUNING_SEED + 1, recipe or entry.recipe, flags)
         pilot = self.made(store, [guess])[0]
         own_steps = pilot["own_steps"] or guess.steps * entry.relative_cost
         charged = sum(one["seconds"] for one in pilot["charges"].values()) / (pilot["plain_seconds"] or 1.0)
@@ -226,8 +235,9 @@ class Sweep:
         else:
             run, target = self._technique_run(store, entry, control.flags, size, budget, lr), store
         self.made(target, [replace(run, seed=seed) for seed in task.seeds])
-        kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "flags": list(control.flags)}
-        store.data.setdefault("control", {})[name] = kept | {"plain": control.plain, "size": size}
+        kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "size": size, "plain": run.technique is None}
+        flags = run.flags if run.technique is None else run.technique
+        store.data.setdefault("control", {})[name] = kept | {"flags": list(flags)}
 
     def _make_pairs(self, store: Store, entry: Entry, size: str, budget: float, name: str) -> None:
         """The technique's runs once more, each at the same time as the plain run of the same seed, for wall time."""

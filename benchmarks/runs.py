@@ -80,8 +80,7 @@ class Run:
             f"--model.lr={self.lr}",
             f"--trainer.max_steps={self.steps}",
             f"--seed_everything={self.seed}",
-            f"--trainer.val_check_interval={self.steps}",
-            "--trainer.check_val_every_n_epoch=null",
+            "--trainer.check_val_every_n_epoch=1000000",  # the recipe validates when training has ended
             "--trainer.enable_progress_bar=false",
             f"--trainer.default_root_dir={folder}",
         ]
@@ -108,19 +107,24 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
     plain = plain_seconds(record)
     spent = sum(kind["count"] * kind["seconds_each"] for kind in steps)
     charged = sum(one["seconds"] for one in record["charges"].values())
-    if run.technique is None:
-        own_steps: float | None = float(run.steps)
+    samples = sum(kind["count"] * kind["samples"] for kind in steps)
+    if run.technique is None:  # of another batch size: as many steps as the task's own batches would have been
+        own_steps: float | None = samples / run.task.batch_size
     else:  # charges are scaled like the steps: both are seconds of the same run
         own_steps = (spent + charged) / plain if plain else None
-    extra = {name: record[name] for name in ("linear_probe_accuracy", "sparse_flops") if name in record}
+    val, test = ({n.partition("/")[2]: v for n, v in split.items()} for split in (record["metrics"], record["test"]))
+    for split, prefix in ((val, ""), (test, "test_")):
+        if (accuracy := record.get(f"{prefix}linear_probe_accuracy")) is not None:
+            split["probe_error"] = 1 - accuracy
+    extra = {name: record[name] for name in ("sparse_flops",) if name in record}
     return {
         **run.key,
         "own_steps": own_steps,
         "flops": record["flops"],
-        "tokens": sum(kind["count"] * kind["samples"] for kind in steps) * run.task.tokens,
+        "tokens": samples * run.task.tokens,
         "parameters": record["parameters"],
-        "val": {name.removeprefix("val/"): value for name, value in record["metrics"].items()},
-        "test": {name.removeprefix("test/"): value for name, value in record["test"].items()},
+        "val": val,
+        "test": test,
         "wall_seconds": record["wall_seconds"],
         "cpu_seconds": record["cpu_seconds"],
         "plain_seconds": plain,
