@@ -48,8 +48,6 @@ def cost_of(run: dict[str, Any], store: Store, clock: str) -> float:
     """Of a run: in steps of the unit, or in FLOPs."""
     if clock == "flops":
         return float(run["flops"])
-    if run["own_steps"] is None:
-        return math.nan
     return float(run["own_steps"]) * price_of(store, run["size"])
 
 
@@ -174,6 +172,7 @@ def of_network(task: Task, plain: Store, store: Store, name: str, size: str, bud
         "settings_tried_plain": tried_plain(plain, size),
         "lr": chosen["lr"],
         "reference": any_row["reference"],
+        "priced": any_row["priced"],
     }
 
 
@@ -192,12 +191,13 @@ def of_control(
         return {"about": "none", **Estimate(None, None, None, "it has none on this network").as_dict()}
     if "steps" in control:
         source = plain if control["plain"] else store
-        flags = [control["flags"] if not control["plain"] else None, control["flags"] if control["plain"] else []]
+        flags = [None, control["flags"]] if control["plain"] else [control["flags"], []]
         runs = {
             run["seed"]: run
             for run in source.runs
             if [run["technique"], run["flags"]] == flags
             and (run["size"], run["steps"], run["lr"]) == (control["size"], control["steps"], control["lr"])
+            and run["seed"] in task.seeds
             and not run["again"]
         }
         losses = {seed: run["test"][task.metric] for seed, run in runs.items()}

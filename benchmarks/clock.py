@@ -212,9 +212,8 @@ class Sweep:
         steps = steps_of(budget / 20, price * entry.relative_cost)
         guess = Run(self.task, size, steps, rate, TUNING_SEED + 1, recipe or entry.recipe, flags)
         pilot = self.made(store, [guess])[0]
-        own_steps = pilot["own_steps"] or guess.steps * entry.relative_cost
         charged = sum(one["seconds"] for one in pilot["charges"].values()) / (pilot["plain_seconds"] or 1.0)
-        each = max(0.05, (own_steps - charged) / guess.steps)
+        each = max(0.05, (pilot["own_steps"] - charged) / guess.steps)
         return replace(guess, steps=steps_of(budget, price * each), seed=TUNING_SEED)
 
     def _make_control(self, store: Store, entry: Entry, name: str, size: str, budget: float, lr: float) -> None:

@@ -200,7 +200,7 @@ ENTRIES = {
             Control("a plain step of four times the batch", batch_size=64),
             flags=(
                 "--trainer.max_epochs=-1",
-                "--trainer.limit_train_batches=1.0",
+                "--trainer.limit_train_batches=10752",  # whole steps in each epoch
                 "--trainer.callbacks=null",
                 *flags("large_batch", times=16, lr="null", scaling="none"),
             ),

@@ -109,9 +109,11 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
     charged = sum(one["seconds"] for one in record["charges"].values())
     samples = sum(kind["count"] * kind["samples"] for kind in steps)
     if run.technique is None:  # of another batch size: as many steps as the task's own batches would have been
-        own_steps: float | None = samples / run.task.batch_size
-    else:  # charges are scaled like the steps: both are seconds of the same run
-        own_steps = (spent + charged) / plain if plain else None
+        own_steps = samples / run.task.batch_size
+    elif plain:  # charges are scaled like the steps: both are seconds of the same run
+        own_steps = (spent + charged) / plain
+    else:  # its steps have no plain form to be timed beside; what it does to their time only pairs of runs show
+        own_steps = samples / run.task.batch_size
     val, test = ({n.partition("/")[2]: v for n, v in split.items()} for split in (record["metrics"], record["test"]))
     for split, prefix in ((val, ""), (test, "test_")):
         if (accuracy := record.get(f"{prefix}linear_probe_accuracy")) is not None:
@@ -128,6 +130,7 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
         "wall_seconds": record["wall_seconds"],
         "cpu_seconds": record["cpu_seconds"],
         "plain_seconds": plain,
+        "priced": "by samples" if run.technique is not None and not plain else "by steps",
         "charges": record["charges"],
         "kinds": len(steps),
         **extra,
