@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import tasks_gpu  # noqa: E402
 from analysis import analyse, envelope_size, price_of  # noqa: E402
 from entries import ENTRIES, Entry  # noqa: E402
 from store import Store  # noqa: E402
@@ -272,26 +273,31 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0))[:2], help="a run each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "clock", help="where runs in progress are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="files of results")
+    parser.add_argument("--gpu", action="store_true", help="tasks of a GPU's size (tasks_gpu.py), which NEVER RAN YET")
     args = parser.parse_args()
+    tasks, entries = (tasks_gpu.TASKS, tasks_gpu.ENTRIES) if args.gpu else (TASKS, ENTRIES)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    known = TASKS if args.what == "plain" else ENTRIES
+    known = tasks if args.what == "plain" else entries
     if unknown := [name for name in args.names if name not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     if args.what == "list":
-        listing(args.out)
+        listing(args.out, tasks, entries)
         return
+    if args.gpu:
+        print("No task of a GPU's size has ever been run; sizes, budgets and rates are guesses.", flush=True)
+        args.cores = args.cores[:1]  # one run at a time
     os.environ["OMP_NUM_THREADS"] = "1"
     os.nice(10)
     runner = Runner(args.runs, args.cores, lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True))
     chosen = args.names or list(known)
     if args.what in ("plain", "all"):
-        tasks = chosen if args.what == "plain" else list(dict.fromkeys(ENTRIES[name].task for name in chosen))
-        for name in tasks:
-            Sweep(TASKS[name], runner, args.out).make_plain()
+        names = chosen if args.what == "plain" else list(dict.fromkeys(entries[name].task for name in chosen))
+        for name in names:
+            Sweep(tasks[name], runner, args.out).make_plain()
     if args.what in ("technique", "all", "analyse"):
         for name in chosen:
-            entry = ENTRIES[name]
-            sweep = Sweep(TASKS[entry.task], runner, args.out)
+            entry = entries[name]
+            sweep = Sweep(tasks[entry.task], runner, args.out)
             if args.what == "analyse":
                 if (args.out / f"{name}.json").exists():
                     sweep.finish(entry, Store(args.out / f"{name}.json"))
@@ -299,13 +305,13 @@ def main() -> None:
                 sweep.make_technique(entry)
 
 
-def listing(folder: Path) -> None:
+def listing(folder: Path, tasks: Mapping[str, Task], entries: Mapping[str, Entry]) -> None:
     """What is there."""
-    for task in TASKS.values():
+    for task in tasks.values():
         store = Store(folder / f"{task.name}.plain.json")
         minutes = sum(entry["wall_seconds"] for entry in store.runs) / 60
         print(f"{task.name}: {len(store.runs)} plain runs, {minutes:.0f} core minutes")
-        for entry in ENTRIES.values():
+        for entry in entries.values():
             if entry.task == task.name:
                 own = Store(folder / f"{entry.name}.json")
                 minutes = sum(run["wall_seconds"] for run in own.runs) / 60
