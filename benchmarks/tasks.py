@@ -15,6 +15,8 @@ CIFAR10 = (
     "--data.source=data/cifar10/train-{00000..00008}.tar",
     "--data.val_source=data/cifar10/train-00009.tar",
     "--data.test_source=data/cifar10/test-*.tar",
+    "--data.val_fraction=0.1",
+    "--data.max_val_images=null",
 )
 
 
