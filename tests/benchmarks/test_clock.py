@@ -16,6 +16,7 @@ from lit_scale.cli import RecipeCLI
 
 ROOT = Path(__file__).parents[2]
 
+
 def config_of(recipe: str, flags: list[str]) -> dict:
     """All settings of a run, as the command line reads them."""
     return RecipeCLI(recipe_of(recipe), [*flags, "--compare"]).config.as_dict()
