@@ -12,11 +12,13 @@ variants are chosen on the validation split with seeds from 1,000 on; reported a
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -28,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import tasks_gpu  # noqa: E402
 from analysis import analyse, envelope_size, price_of  # noqa: E402
 from entries import ENTRIES, Entry  # noqa: E402
+from prices import measure  # noqa: E402
 from store import Store  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
@@ -96,13 +99,8 @@ class Sweep:
         """Measure what a step of each size costs, once: budgets are told in them."""
         if "prices" in self.plain.data and set(self.plain.data["prices"]["sizes"]) == set(self.task.sizes):
             return
-        import json
-        import subprocess
-
-        command = [sys.executable, str(ROOT / "benchmarks" / "prices.py"), self.task.name, str(self.runner.cores[0])]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        printed = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        self.plain.data["prices"] = json.loads(printed.stdout.splitlines()[-1])
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose threads and core are its own
+            self.plain.data["prices"] = pool.submit(measure, self.task, core=self.runner.cores[0]).result()
         self.plain.data["task"] = self.task.name
         self.plain.save()
 

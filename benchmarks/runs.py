@@ -65,7 +65,7 @@ class Run:
     def name(self) -> str:
         """Of its folder."""
         parts = [self.size, str(self.steps), f"lr{self.lr:g}", f"seed{self.seed}"]
-        parts += [flag.removeprefix("--").rpartition(".")[2] for flag in (*(self.technique or ()), *self.flags)]
+        parts += [flag.removeprefix("--") for flag in (*(self.technique or ()), *self.flags)]
         text = "-".join([*parts, *([f"beside-{self.again}"] if self.again else [])])
         return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)[:200]
 

@@ -15,6 +15,8 @@ CIFAR10 = (
     "--data.source=data/cifar10/train-{00000..00008}.tar",
     "--data.val_source=data/cifar10/train-00009.tar",
     "--data.test_source=data/cifar10/test-*.tar",
+    "--data.val_fraction=0.1",
+    "--data.max_val_images=null",
 )
 
 
@@ -229,13 +231,13 @@ TASKS = {
                 "--data.batch_size=16",
                 "--data.max_val_sequences=1024",
             ),
-            sizes=ladder((1, 64), (2, 64), (4, 64), (4, 96), (8, 64), (4, 128)),
+            sizes=ladder((1, 64), (2, 64), (4, 64), (4, 96), (8, 64)),
             unit="1x64",
             budgets=(14_000, 28_000, 56_000),
             headline=28_000,
             trained=("4x64", 28_000),
             judged_on="trained",
-            rates=(1.5e-3, 3e-3, 6e-3),
+            rates=(3e-3, 6e-3),
             tokens=128,
         ),
     )
