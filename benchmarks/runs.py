@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,10 @@ class Runner:
 
     def make_all(self, runs: Iterable[Run], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """All of these runs, as many at a time as there are cores, ``done`` called with each entry."""
-        self._all([lambda run=run: [(run, self.make(run))] for run in runs], done, len(self.cores))
+        self._all([partial(self._one, run) for run in runs], done, len(self.cores))
+
+    def _one(self, run: Run) -> list[tuple[Run, dict[str, Any]]]:
+        return [(run, self.make(run))]
 
     def make_pairs(self, pairs: Iterable[tuple[Run, Run]], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """Pairs of runs that start at the same time, a core each; which has which core alternates with the seed.
@@ -232,7 +236,7 @@ class Runner:
                 made = [pool.submit(self.make, run, core) for run, core in zip((one, other), cores, strict=True)]
                 return [(run, future.result()) for run, future in zip((one, other), made, strict=True)]
 
-        self._all([lambda pair_=pair_: pair(*pair_) for pair_ in pairs], done, 1)
+        self._all([partial(pair, *runs) for runs in pairs], done, 1)
 
     def _all(self, makes: Sequence[Callable[[], list[Any]]], done: Callable[..., None], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:

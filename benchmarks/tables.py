@@ -276,6 +276,9 @@ def savings_table(found: Sequence[Measured], docs: Path) -> str:
             )
         )
     lines = table(head, rows) if rows else []
+    if rows:
+        picture = "benchmarks/results/overview.png"
+        lines += ["", f"![Loss at equal cost against the best plain network, of each technique]({picture})"]
     missing = [entry.name for entry in ENTRIES.values() if entry.name not in {one.name for one in found}]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
@@ -328,9 +331,10 @@ def task_section(task: Task, plain: Store, found: Sequence[Measured], docs: Path
         *(table(head, rows) if rows else ["No runs of the seeds that are reported yet."]),
         *tuning_lines([point for point in points if point.tuning], task),
         *technique_lines([one for one in found if one.task is task], docs),
-        "",
-        f"![Loss over cost on {task.name}: plain networks and techniques](../benchmarks/results/{task.name}.png)",
     ]
+    if rows:
+        picture = f"../benchmarks/results/{task.name}.png"
+        lines += ["", f"![Loss over cost on {task.name}: plain networks and techniques]({picture})"]
     return "\n".join(lines)
 
 

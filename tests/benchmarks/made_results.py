@@ -54,7 +54,7 @@ def law(size: str, cost: float) -> float:
 
 
 def store_plain(folder: Path, task: Task = TASK) -> Store:
-    """Plain runs of both sizes at all budgets, one that tuned a rate, and one of another batch size."""
+    """Plain runs of both sizes at all budgets, some that tuned rates, and one of another batch size."""
     store = Store(folder / f"{task.name}.plain.json")
     sizes = {size: {"price": price, "log_sd": 0.0, "parameters": 1} for size, price in PRICES.items()}
     store.data["prices"] = {"unit": "1x8", "unit_seconds": 0.06, "sizes": sizes}
@@ -69,6 +69,7 @@ def store_plain(folder: Path, task: Task = TASK) -> Store:
         run("1x8", 1_000, 1_000, 1.9),
         run("1x8", 1_000, 1_000, 1.95, lr=2 * RATE),
         run("1x8", 2_000, 1_000, 1.93, flags=["--data.batch_size=2"]),
+        run("2x8", 500, 1_000, 1.97),
     ]
     store.save()
     return store
