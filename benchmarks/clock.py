@@ -110,12 +110,9 @@ class Sweep:
         self.prices()
         budgets = {size: task.trained[1] if size == task.trained[0] else task.headline for size in task.sizes}
         runs = {size: self.plain_run(size, budget, task.rates[0], TUNING_SEED) for size, budget in budgets.items()}
-        rates = self.tuned(store, runs, dict.fromkeys(task.sizes, task.rates))
-        store.data["rates"] = rates
-        at_headline = {
-            size: self.loss(self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED)])[0])
-            for size in task.sizes
-        }
+        store.data["rates"] = rates = self.tuned(store, runs, dict.fromkeys(task.sizes, task.rates))
+        found = self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED) for size in task.sizes])
+        at_headline = dict(zip(task.sizes, map(self.loss, found), strict=True))
         best = min(at_headline, key=lambda size: at_headline[size])
         order = sorted(task.sizes, key=lambda size: price_of(store, size))
 
@@ -125,22 +122,38 @@ class Sweep:
             return close or (larger > 0 and budget > task.headline) or (larger < 0 and budget < task.headline)
 
         scan = [(size, budget) for budget in task.budgets for size in task.sizes if worth(size, budget)]
-        runs = [self.plain_run(size, budget, rates[size], task.seeds[0]) for size, budget in scan]
-        losses = dict(zip(scan, map(self.loss, self.made(store, runs)), strict=True))
+        made = self.made(store, [self.plain_run(size, b, rates[size], task.seeds[0]) for size, b in scan])
+        losses = dict(zip(scan, map(self.loss, made), strict=True))
         around = [budget for budget in task.budgets if task.headline / 2.2 <= budget <= task.headline * 2.2]
         points = {min((key for key in scan if key[1] == budget), key=lambda key: losses[key]) for budget in around}
         center = next(size for size, budget in points if budget == task.headline)
         points |= {(center, budget) for budget in around}
         size, trained = task.trained
         points |= {(size, budget) for budget in task.budgets if trained / 2.2 <= budget <= trained * 2.2}
-        self.made(
-            store,
-            [self.plain_run(size, budget, rates[size], seed) for size, budget in sorted(points) for seed in task.seeds],
-        )
+        self.make_points(points)
         # the batch size is part of the tuned baseline
         batches = {str(batch): self.other_batch(center, rates[center], batch) for batch in task.batches}
         self.tuned(store, batches, {str(b): [rates[center] * 2**power for power in (-1, 0, 1)] for b in task.batches})
         store.save()
+
+    def make_points(self, points: Iterable[tuple[str, int]]) -> None:
+        """Five seeds of each size at each budget, at a rate that was tuned for that length."""
+        points, rates = sorted(points), self.plain.data["rates"]
+        runs = {self._point(*point): self.plain_run(*point, rates[point[0]], TUNING_SEED) for point in points}
+        known = self.plain.data.setdefault("point_rates", {})
+        todo = {name: run for name, run in runs.items() if name not in known}
+        known |= self.tuned(self.plain, todo, {name: [run.lr / 2, run.lr] for name, run in todo.items()})
+        self.made(
+            self.plain,
+            [self.plain_run(*point, self.rate(*point), seed) for point in points for seed in self.task.seeds],
+        )
+
+    def _point(self, size: str, budget: float) -> str:
+        return f"{size}@{self.plain_run(size, budget, 1.0, 0).steps}"
+
+    def rate(self, size: str, budget: float) -> float:
+        """The rate that was tuned for a size at a budget, else at the headline budget."""
+        return self.plain.data.get("point_rates", {}).get(self._point(size, budget), self.plain.data["rates"][size])
 
     def other_batch(self, size: str, lr: float, batch: int) -> Run:
         """A plain run of another batch size with as many samples: about the same cost."""
@@ -170,7 +183,7 @@ class Sweep:
         store.data["headline"] = headline
         store.data["networks"] = {name: list(network) for name, network in networks.items()}
         runs = {name: self._technique_run(store, entry, entry.flags, *network) for name, network in networks.items()}
-        plain = {name: self.plain.data["rates"][size] for name, (size, _) in networks.items()}
+        plain = {name: self.rate(*network) for name, network in networks.items()}
         tuned = self.tuned(store, runs, {name: [rate / 2, rate, rate * 2] for name, rate in plain.items()})
         for name in sorted(networks, key=lambda name: name != headline):
             (size, budget), lr = networks[name], tuned[name]
@@ -206,7 +219,7 @@ class Sweep:
         recipe: str = "",
     ) -> Run:
         """A run that costs about the budget; how much its step costs a short run tells first."""
-        rate = self.plain.data["rates"][size] if lr is None else lr
+        rate = self.rate(size, budget) if lr is None else lr
         price = price_of(self.plain, size)
         steps = steps_of(budget / 20, price * entry.relative_cost)
         guess = Run(self.task, size, steps, rate, TUNING_SEED + 1, recipe or entry.recipe, flags)
@@ -221,17 +234,17 @@ class Sweep:
             other = control.size.get(size)
             if other is None:
                 return
-            rate = self.plain.data["rates"][other]
-            self.made(self.plain, [self.plain_run(other, budget, rate, seed) for seed in task.seeds])
+            self.make_points([(other, int(budget))])
             store.data.setdefault("control", {})[name] = {"about": control.about, "size": other}
             return
-        if control.plain:
-            run = replace(
-                self.plain_run(size, budget, self.plain.data["rates"][size], TUNING_SEED), flags=control.flags
-            )
+        if control.batch_size:
+            run = replace(self.other_batch(size, self.rate(size, budget), control.batch_size), seed=TUNING_SEED)
             target = self.plain
+        elif control.flags:
+            recipe = control.recipe or entry.recipe
+            run, target = self._technique_run(store, entry, control.flags, size, budget, lr, recipe), store
         else:
-            run, target = self._technique_run(store, entry, control.flags, size, budget, lr), store
+            return
         self.made(target, [replace(run, seed=seed) for seed in task.seeds])
         kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "size": size, "plain": run.technique is None}
         flags = run.flags if run.technique is None else run.technique
@@ -243,7 +256,7 @@ class Sweep:
         beside = f"{entry.technique}{entry.kind and '-'}{entry.kind}"
         pairs = []
         for seed in self.task.seeds:
-            plain = replace(self.plain_run(size, budget, self.plain.data["rates"][size], seed), again=beside)
+            plain = replace(self.plain_run(size, budget, self.rate(size, budget), seed), again=beside)
             own = Run(
                 self.task, size, chosen["steps"], chosen["lr"], seed, entry.recipe, tuple(chosen["flags"]), (), "plain"
             )

@@ -32,7 +32,7 @@ def draw(folder: Path) -> list[Path]:
     found, written = measured(folder), []
     for task in KNOWN.values():
         store = Store(folder / f"{task.name}.plain.json")
-        if any(not point.tuning for point in plain_points_of(store)):
+        if any(point.counts(store, task) for point in plain_points_of(store)):
             written.append(folder / f"{task.name}.png")
             plot_task(task, store, [one for one in found if one.task is task], written[-1])
     if found:
@@ -77,9 +77,8 @@ def plot_task(task: Task, plain: Store, found: Sequence[Measured], path: Path) -
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_xscale("log")
-    rates = plain.data.get("rates", {})
-    points = [point for point in plain_points_of(plain) if not point.tuning and not point.flags]
-    curves = [[p for p in points if p.size == size and p.lr == rates.get(size)] for size in by_price(plain)]
+    points = [point for point in plain_points_of(plain) if point.counts(plain, task)]
+    curves = [[point for point in points if point.size == size] for size in by_price(plain)]
     shades = [f"{shade:.2f}" for shade in np.linspace(*GREYS, len(curves))]
     for own, shade in zip(curves, shades, strict=True):
         _curve(axes, own, task, plain, shade)
@@ -158,7 +157,7 @@ def _envelope(axes: Axes, task: Task, plain: Store) -> list[float]:
     seen = {
         (point.size, point.runs[0]["own_steps"] * price_of(plain, point.size)): point.tokens_per_parameter
         for point in plain_points_of(plain)
-        if not point.flags and not point.tuning
+        if point.counts(plain, task)
     }
     upper = axes.secondary_xaxis("top")
     labels = [f"{size}\n{seen[size, cost]:,.0f}" for size, cost in zip(curve.sizes, curve.costs, strict=True)]

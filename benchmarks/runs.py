@@ -186,14 +186,15 @@ class Runner:
 
     def _train(self, run: Run, core: int) -> dict[str, Any]:
         folder = self.folder / run.task.name / (run.recipe if run.technique is not None else "plain") / run.name
-        result, begun, last = folder / "result.json", folder / "begun.json", folder / "checkpoints" / "last.ckpt"
+        result, begun = folder / "result.json", folder / "begun.json"
         wanted = json.dumps([run.key, code_digest(run.recipe, run.technique is not None)])
         folder.mkdir(parents=True, exist_ok=True)
         same = begun.exists() and begun.read_text() == wanted
         if not (same and result.exists() and "test" in json.loads(result.read_text())):
             arguments = run.arguments(folder)
-            if same and last.exists():
-                arguments.append(f"--ckpt_path={last}")
+            saved = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+            if same and saved:  # the end of an interrupted run
+                arguments.append(f"--ckpt_path={saved[-1]}")
             begun.write_text(wanted)
             script = ROOT / "recipes" / f"{run.recipe}.py"
             child = self._context.Process(target=_child, args=(str(script), arguments, core, str(folder / "log.txt")))
@@ -216,9 +217,9 @@ class Runner:
 
     def make_all(self, runs: Iterable[Run], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """All of these runs, as many at a time as there are cores, ``done`` called with each entry."""
-        self._all([partial(self._one, run) for run in runs], done, len(self.cores))
+        self._all([partial(self._alone, run) for run in runs], done, len(self.cores))
 
-    def _one(self, run: Run) -> list[tuple[Run, dict[str, Any]]]:
+    def _alone(self, run: Run) -> list[tuple[Run, dict[str, Any]]]:
         return [(run, self.make(run))]
 
     def make_pairs(self, pairs: Iterable[tuple[Run, Run]], done: Callable[[Run, dict[str, Any]], None]) -> None:
@@ -236,7 +237,7 @@ class Runner:
                 made = [pool.submit(self.make, run, core) for run, core in zip((one, other), cores, strict=True)]
                 return [(run, future.result()) for run, future in zip((one, other), made, strict=True)]
 
-        self._all([partial(pair, *runs) for runs in pairs], done, 1)
+        self._all([partial(pair, *both) for both in pairs], done, 1)
 
     def _all(self, makes: Sequence[Callable[[], list[Any]]], done: Callable[..., None], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:

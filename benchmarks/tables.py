@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import more_tables  # noqa: E402
 import tasks_gpu  # noqa: E402
-from analysis import TUNING, envelope, price_of  # noqa: E402
+from analysis import TUNING, envelope, plain_points, price_of  # noqa: E402
 from entries import ENTRIES  # noqa: E402
 from envelope import interval  # noqa: E402
 from store import Store  # noqa: E402
@@ -116,6 +116,11 @@ class PlainPoint:
     def tokens_per_parameter(self) -> float:
         """How much each weight has seen."""
         return self.runs[0]["tokens"] / self.runs[0]["parameters"]
+
+    def counts(self, store: Store, task: Task) -> bool:
+        """Whether these are the runs that techniques are compared with: at the rate that was chosen, not tuning."""
+        reported = plain_points(store, task).get((self.size, self.steps), {})
+        return not self.flags and not self.tuning and any(run["lr"] == self.lr for run in reported.values())
 
     def losses(self, split: str, metric: str) -> list[float]:
         """One of each seed."""
@@ -299,7 +304,7 @@ def task_section(task: Task, plain: Store, found: Sequence[Measured], docs: Path
     rows = []
     for point in (point for point in points if not point.tuning):
         cost = point.runs[0]["own_steps"] * price_of(plain, point.size)
-        chosen = not point.flags and (point.size, cost) in on_envelope
+        chosen = point.counts(plain, task) and (point.size, cost) in on_envelope
         rows.append(
             (
                 ", ".join([point.size, *(f"`{flag}`" for flag in point.flags)]),
@@ -332,7 +337,7 @@ def task_section(task: Task, plain: Store, found: Sequence[Measured], docs: Path
         *tuning_lines([point for point in points if point.tuning], task),
         *technique_lines([one for one in found if one.task is task], docs),
     ]
-    if rows:
+    if any(point.counts(plain, task) for point in points):
         picture = f"../benchmarks/results/{task.name}.png"
         lines += ["", f"![Loss over cost on {task.name}: plain networks and techniques]({picture})"]
     return "\n".join(lines)
