@@ -188,7 +188,8 @@ def main(args: Sequence[str] | None = None) -> int:
     wrong += [f"{path.relative_to(tables.ROOT)} is not what is stored; python benchmarks/tables.py" for path in changed]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     if stale:
-        print(f"{stale} groups of runs were made with other code; --verify makes one run of each again")
+        told = "1 group of runs was" if stale == 1 else f"{stale} groups of runs were"
+        print(f"{told} made with other code; --verify makes one run of each again")
     return int(bool(wrong) or (options.strict and stale > 0))
 
 

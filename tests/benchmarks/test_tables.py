@@ -263,3 +263,18 @@ def test_plain_points_put_seeds_together_and_choices_apart(tmp_path: Path) -> No
     assert len([point for point in points if point.tuning]) == 4
     assert [point.size for point in points] == sorted(point.size for point in points)
     assert isinstance(ENTRY, Entry)
+
+
+def test_points_count_at_the_rate_that_was_tuned_for_their_length(tmp_path: Path) -> None:
+    store = store_plain(tmp_path)
+    faster = [run("1x8", 2_000, seed, 1.7, lr=2e-3) for seed in SEEDS]
+    store.data["runs"] += faster
+    store.data["point_rates"] = {"1x8@2000": 2e-3}
+    points = tables.plain_points_of(store)
+    counting = {(point.size, point.steps, point.lr) for point in points if point.counts(store, TASK)}
+    assert counting == {("1x8", 500, 1e-3), ("1x8", 1_000, 1e-3), ("1x8", 2_000, 2e-3)} | {
+        ("2x8", steps, 1e-3) for steps in (250, 500, 1_000)
+    }
+    text = tables.task_section(TASK, store, [], ROOT / "docs")
+    assert re.search(r"\| 1x8 \| 1,000 \| 2,000 \| .* \| 0.001 \| .* \| 5 \|  \|", text)
+    assert re.search(r"\| 1x8 \| 1,000 \| 2,000 \| .* \| 0.002 \| .* \| 5 \| yes \|", text)
