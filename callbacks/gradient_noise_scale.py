@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 
 from lit_scale.batches import count_samples
 from lit_scale.factors.samples import SampleChoice
+from lit_scale.progress import windows_of
+from lit_scale.technique import techniques
+from lit_scale.trainers import writes_logs
 
 __all__ = ["GradientNoiseScale", "signal_and_noise"]
 
@@ -125,8 +128,8 @@ class GradientNoiseScale(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it where there is only one gradient a step."""
-        ramps = any(getattr(callback, "windows", ()) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1 and not ramps:
+        one = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        if one and not windows_of(trainer):
             rank_zero_warn(
                 "GradientNoiseScale sees one gradient a step and can tell nothing; pass accumulate_grad_batches of at "
                 "least 2, or use several devices"
@@ -152,8 +155,7 @@ class GradientNoiseScale(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first micro-batch is through; only now is it known what of each batch was trained."""
         self._watching = False
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        choices = [callback.trained for callback in callbacks if isinstance(callback, SampleChoice)]
+        choices = [choice.trained for choice in techniques(trainer) if isinstance(choice, SampleChoice)]
         self._micro_batches.append(choices[0] if choices else (self._brought, False))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -180,8 +182,7 @@ class GradientNoiseScale(Callback):
         self.signal = past * self.signal.to(signal.device) + (1 - past) * signal
         self.noise = past * self.noise.to(noise.device) + (1 - past) * noise
         self._weight = past * self._weight + 1 - past
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:
+        if writes_logs(trainer):
             pl_module.log("gradient_noise_scale/signal", (self.signal / self._weight).float())
             pl_module.log("gradient_noise_scale/noise", (self.noise / self._weight).float())
             pl_module.log("gradient_noise_scale/critical_batch", (self.noise / self.signal).float())

@@ -197,9 +197,11 @@ class ImportanceSampling(SampleChoice):
         number = self.number(trainer)
         looks = number % self.look_every == 0
         self._gate = "open" if self._is_open(number) else "looks" if looks else "closed"
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:
-            pl_module.log_dict({f"{self.name}/tau": self.tau, f"{self.name}/open": float(self._gate == "open")})
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def logged(self, trainer: Trainer) -> dict[str, float]:
+        """Tau, and whether the gate is open."""
+        return {"tau": self.tau, "open": float(self._gate == "open")}
 
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
         """Score and draw, or make the plain step."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lit_scale.factors.sizes import SizeByStages
+from lit_scale.wrapping import replace
 
 __all__ = ["ResolutionGrowing", "patch_size"]
 
@@ -75,7 +76,6 @@ class ResolutionGrowing(SizeByStages):
             raise ValueError(f"patch={patch} must be at least 1 pixel")
         self.grow_batch, self.patch = grow_batch, patch
         self._multiple = 1
-        self._interpolating: list[nn.Module] = []
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
@@ -130,8 +130,7 @@ class ResolutionGrowing(SizeByStages):
                     f"{name} takes images of one size only; build the timm model with dynamic_img_size=True"
                 )
             if _INTERPOLATES in inspect.signature(part.forward).parameters and "forward" not in part.__dict__:
-                part.forward = functools.partial(_interpolated, part.forward)
-                self._interpolating.append(part)
+                self.undo_later(replace(part, "forward", functools.partial(_interpolated, part.forward)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that a batch can be had, and that the model takes it, before a step is made."""
@@ -165,12 +164,6 @@ class ResolutionGrowing(SizeByStages):
         finally:
             for part, mode in modes:
                 part.training = mode
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the model its own forwards back."""
-        for part in self._interpolating:
-            part.__dict__.pop("forward", None)
-        self._interpolating = []
 
 
 def resize(images: Tensor, size: int) -> Tensor:

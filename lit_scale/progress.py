@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
-__all__ = ["Windows", "batches_after", "progress", "progress_after", "steps_after"]
+from lit_scale.trainers import callbacks_of
+
+__all__ = ["Windows", "batches_after", "progress", "progress_after", "steps_after", "total_steps", "windows_of"]
 
 Windows = Sequence[tuple[int, int]]
 
@@ -41,7 +43,7 @@ def progress_after(trainer: Trainer, batches: int) -> float:
         trainer: A Trainer whose loaders exist.
         batches: Of one rank, over all epochs.
     """
-    if windows := _windows(trainer):
+    if windows := windows_of(trainer):
         return _fraction(trainer, steps_after(windows, batches))
     window, each = trainer.accumulate_grad_batches, trainer.num_training_batches
     if each == float("inf"):
@@ -58,22 +60,35 @@ def _fraction(trainer: Trainer, step: int) -> float:
         batches = trainer.num_training_batches
         if batches == float("inf"):  # a stream without a length: only whole epochs can be told
             done.append(trainer.current_epoch / trainer.max_epochs)
-        elif batches and (windows := _windows(trainer)):
+        elif batches and (windows := windows_of(trainer)):
             done.append(batches_after(windows, step) / (int(batches) * trainer.max_epochs))
         elif batches:
             steps = -(-int(batches) // trainer.accumulate_grad_batches)
             done.append(step / (steps * trainer.max_epochs))
-    for timer in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None:
+    for timer in callbacks_of(trainer, Timer):
+        if (left := timer.time_remaining()) is not None:
             spent = timer.time_elapsed()
             fraction = spent / max(spent + left, 1e-9)
             done.append(trainer.strategy.broadcast(fraction) if trainer.world_size > 1 else fraction)
     return min(1.0, max(done))
 
 
-def _windows(trainer: Trainer) -> Windows:
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run, as far as ``max_steps`` and ``max_epochs`` tell; None where neither does.
+
+    Args:
+        trainer: A Trainer whose loaders exist.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    batches = trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and batches != float("inf"):
+        limits.append(-(-int(batches) // trainer.accumulate_grad_batches) * trainer.max_epochs)
+    return min(limits, default=None)
+
+
+def windows_of(trainer: Trainer) -> Windows:
     """How the batches of an optimizer step change over the run; empty where they do not."""
-    found = [getattr(callback, "windows", ()) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    found = [getattr(callback, "windows", ()) for callback in callbacks_of(trainer, Callback)]
     return next((windows for windows in found if windows), ())
 
 

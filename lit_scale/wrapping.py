@@ -1,4 +1,4 @@
-"""Methods of one object that several techniques run code around, and give back in whatever order they leave."""
+"""Changing one object for the time of a run: code around its methods, another attribute; and changing it back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["wrap"]
+__all__ = ["replace", "wrap"]
 
 #: Called with what it stands around and with the arguments of the call.
 Around = Callable[..., Any]
@@ -57,6 +57,39 @@ def wrap(module: Any, name: str, around: Around, *, outermost: bool = False) -> 
                 module.__dict__[name] = wrapped.before
 
     return unwrap
+
+
+def replace(thing: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute, or a submodule, of this one object.
+
+    Args:
+        thing: The object.
+        name: Of the attribute.
+        value: The new one.
+
+    Returns:
+        A function that sets the former one again, or uncovers that of the class. Replacements of one attribute have to
+        be undone latest first.
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.Sequential(nn.ReLU())
+        >>> put_back = replace(layer, "forward", lambda x: x)
+        >>> layer(-1)
+        -1
+        >>> put_back()
+        >>> "forward" in vars(layer)
+        False
+    """
+    own = {**vars(thing).get("_modules", {}), **vars(thing)}
+    setattr(thing, name, value)
+
+    def put_back() -> None:
+        delattr(thing, name)  # first, so that None is a plain attribute again and no submodule
+        if name in own:
+            setattr(thing, name, own[name])
+
+    return put_back
 
 
 def _wrapped(before: Any, method: Callable[..., Any]) -> tuple[Any, list[tuple[bool, Around]]]:

@@ -33,7 +33,8 @@ from lit_scale.cost.record import hardware, versions, write_json
 from lit_scale.cost.replay import flops_of, is_compiled, replay_step
 from lit_scale.factors.optimizers import state_bytes
 from lit_scale.restoring import undone
-from lit_scale.technique import Technique, check_techniques
+from lit_scale.technique import Technique, check_techniques, techniques
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["CostMeter", "charge", "charge_run", "resident_peak"]
 
@@ -131,9 +132,9 @@ class CostMeter(Callback):
     def _key(self, trainer: Trainer, phase: str, batch: Any, update: bool) -> Key:
         samples, tokens = self.samples_and_tokens(batch)
         key: list[tuple[str, Any]] = [("phase", phase), ("samples", samples), ("tokens", tokens), ("update", update)]
-        techniques = _techniques(trainer)
-        key.append(("plain", all(technique.is_plain() for technique in techniques)))
-        for technique in techniques:
+        present = techniques(trainer)
+        key.append(("plain", all(technique.is_plain() for technique in present)))
+        for technique in present:
             key += _named(technique, technique.step_kind()).items()
         return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in tensors(batch))))
 
@@ -141,7 +142,7 @@ class CostMeter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an order of callbacks in which a technique would change the step after it was counted."""
-        order = [c for c in trainer.callbacks if isinstance(c, Technique | CostMeter)]  # type: ignore[attr-defined]
+        order = [c for c in callbacks_of(trainer, Callback) if isinstance(c, Technique | CostMeter)]
         if stage == "fit" and isinstance(order[-1], Technique):
             raise ValueError(f"callbacks: put CostMeter behind {type(order[-1]).__name__}, whose steps it counts")
 
@@ -182,7 +183,7 @@ class CostMeter(Callback):
         after = trainer.state.fn == "validate" and not self._begun
         if trainer.sanity_checking or not self.ledger.counts or not (after or trainer.state.fn == "fit"):
             return
-        hidden = ("train", *(f"{technique.name}/" for technique in _techniques(trainer)))
+        hidden = ("train", *(f"{technique.name}/" for technique in techniques(trainer)))
         logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         metrics = {name: float(value) for name, value in logged.items() if not name.startswith(hidden)}
         clocks = {f"{name}_seconds": seconds for name, seconds in self._elapsed().items()}
@@ -219,7 +220,7 @@ class CostMeter(Callback):
         self._counting.callback(lambda: self.ledger.flops.update({key: int(counter.get_total_flops())}))
 
     def _count_skipped(self, trainer: Trainer, key: Key) -> None:
-        skipped = sum(technique.skipped_flops() for technique in _techniques(trainer))
+        skipped = sum(technique.skipped_flops() for technique in techniques(trainer))
         if skipped and dict(key)["phase"] == "train":
             self.ledger.skipped[key] = skipped
 
@@ -272,21 +273,21 @@ class CostMeter(Callback):
         rank_zero_info(f"CostMeter: wrote {self.write(trainer, pl_module)}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        techniques = _techniques(trainer)
+        present = techniques(trainer)
         frequent = sorted(self.ledger.counts, key=lambda key: -self.ledger.counts[key])
         keys = [k for k in frequent if dict(k)["phase"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
-        if (plain := self._plain_key(keys, techniques)) is not None:
+        if (plain := self._plain_key(keys, present)) is not None:
             keys.append(plain)
         times: dict[Key, list[float]] = {key: [] for key in keys}
         self._replaying = True
         try:
-            now = [technique.step_kind() for technique in techniques]
+            now = [technique.step_kind() for technique in present]
             with undone(trainer, pl_module):
                 try:
                     for round_ in range(self.repeats + 1):
                         for key in keys[round_ % len(keys) :] + keys[: round_ % len(keys)]:
                             kind = dict(key)
-                            for technique in techniques:
+                            for technique in present:
                                 technique.impose_step_kind(trainer, pl_module, _own(technique, kind))
                             if key not in self.ledger.flops:
                                 batch = self._batches[kind["batch"]]
@@ -298,7 +299,7 @@ class CostMeter(Callback):
                             if round_:  # the first round warms up
                                 times[key].append(time.perf_counter() - start - self._aside)
                 finally:
-                    for technique, kind in zip(techniques, now, strict=True):
+                    for technique, kind in zip(present, now, strict=True):
                         technique.impose_step_kind(trainer, pl_module, kind)
         except Exception as error:  # a trained model must not be lost to a measurement
             rank_zero_warn(f"CostMeter could not replay a step ({error}); prices are medians of the run's own timings")
@@ -307,7 +308,7 @@ class CostMeter(Callback):
             self._replaying = False
         self.ledger.calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
 
-    def _plain_key(self, keys: list[Key], techniques: list[Technique]) -> Key | None:
+    def _plain_key(self, keys: list[Key], present: list[Technique]) -> Key | None:
         """The plain form of the most frequent step, if the run made no plain step and its techniques have one.
 
         What a technique that has ended does to a batch cannot be undone: such a step is one without it.
@@ -317,7 +318,7 @@ class CostMeter(Callback):
             return None
         ended: dict[str, Any] = {}
         plain: dict[str, Any] = {}
-        for technique in techniques:
+        for technique in present:
             if technique.is_plain():
                 ended |= _named(technique, technique.step_kind())
             elif (kind := technique.plain_step_kind()) is not None:
@@ -358,7 +359,7 @@ class CostMeter(Callback):
         seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "recipe": self.recipe,
-            "technique": self.technique or " + ".join(technique.name for technique in _techniques(trainer)),
+            "technique": self.technique or " + ".join(technique.name for technique in techniques(trainer)),
             "baseline": self.baseline,
             "seed": None if seed is None else int(seed),
             **self.ledger.record(),
@@ -389,7 +390,7 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
     For rare work, such as a growth: what every step does belongs to the step, whose price is calibrated. Time charged
     inside a step is not counted again as the step's.
     """
-    meters = [c for c in trainer.callbacks if isinstance(c, CostMeter)]  # type: ignore[attr-defined]
+    meters = callbacks_of(trainer, CostMeter)
     if meters:
         _synchronize()
     start = time.perf_counter()
@@ -417,15 +418,11 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
     earlier = Ledger()
     earlier.load_state_dict(state)
     cost = earlier.totals()
-    for meter in (c for c in trainer.callbacks if isinstance(c, CostMeter)):  # type: ignore[attr-defined]
+    for meter in callbacks_of(trainer, CostMeter):
         if what not in meter.ledger.charges:
             meter.ledger.charge(what, cost["reference_seconds"], cost["flops"])
             meter._spent = {name: spent + state["spent"][name] for name, spent in meter._spent.items()}
     return True
-
-
-def _techniques(trainer: Trainer) -> list[Technique]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Technique)]  # type: ignore[attr-defined]
 
 
 def _named(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,6 @@ class SampleChoice(Technique):
     _ended = False  # training has; steps are only replayed
     _weights: Tensor | None = None  # of the samples that are trained right now, (b,)
     _asked = False  # the training step has asked for their losses
-    _unwrap: tuple[Callable[[], None], ...] = ()
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ class SampleChoice(Technique):
             return
         if not callable(getattr(pl_module, "per_sample_loss", None)):
             raise ValueError(_LESSON.format(technique=type(self).__name__, module=type(pl_module).__name__))
-        self._detach()
+        self.detach(trainer, pl_module)
         self._ended = False
 
         def step(method: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,9 +105,8 @@ class SampleChoice(Technique):
                 )
             return output
 
-        self._unwrap = (
-            wrap(pl_module, "training_step", step, outermost=True),
-            wrap(pl_module, "per_sample_loss", self._weigh),
+        self.undo_later(
+            wrap(pl_module, "training_step", step, outermost=True), wrap(pl_module, "per_sample_loss", self._weigh)
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,20 +122,12 @@ class SampleChoice(Technique):
         if self._loader is not None:
             self._loader.plan = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave loader and module as they were."""
-        self._detach()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave loader and module as they were."""
-        self._detach()
-
-    def _detach(self) -> None:
-        for unwrap in self._unwrap:
-            unwrap()
+        super().detach(trainer, pl_module)
         if self._loader is not None:
             self._loader.plan = None
-        self._unwrap, self._loader, self._weights = (), None, None
+        self._loader, self._weights = None, None
 
     def _plan(self, before: Plan | None, number: int) -> tuple[int | None, int]:
         size, count = (None, self._loader.batch_size) if before is None else before(number)

@@ -19,6 +19,7 @@ from lit_scale.batches import Plan
 from lit_scale.progress import progress, progress_after
 from lit_scale.schedules import check_starts, stage_at
 from lit_scale.technique import Technique
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["SizeByStages"]
 
@@ -93,21 +94,20 @@ class SizeByStages(Technique):
         else:
             trainer.strategy.batch_to_device = self._move  # type: ignore[method-assign]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log the size."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:
-            pl_module.log(f"{self.name}/size", float(self._sizes[self._stage_of(self._number - 1)]))
+    def logged(self, trainer: Trainer) -> dict[str, float]:
+        """The size of the current batch."""
+        return {"size": float(self._sizes[self._stage_of(self._number - 1)])}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave loader and strategy as they were."""
-        self._detach(trainer)
+        """Leave loader and strategy as they were: the batches that the clock replays have their sizes."""
+        self._give_back(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave loader and strategy as they were."""
-        self._detach(trainer)
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave model, loader and strategy as they were."""
+        super().detach(trainer, pl_module)
+        self._give_back(trainer)
 
-    def _detach(self, trainer: Trainer) -> None:
+    def _give_back(self, trainer: Trainer) -> None:
         trainer.strategy.__dict__.pop("batch_to_device", None)
         if self._loader is not None:
             self._loader.plan = self._loader = None
@@ -133,7 +133,7 @@ class SizeByStages(Technique):
         """The stage of a batch, by its number since the run began."""
         trainer = self._trainer
         assert trainer is not None
-        if not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if not callbacks_of(trainer, Timer):
             return stage_at(progress_after(trainer, number), self._starts)
         if number > self._asked:
             due = stage_at(progress(trainer), self._starts)

@@ -90,7 +90,7 @@ class UnitGroup:
         self.owner, self.sizes = owner, sizes or {}
         self.active = torch.ones(len(columns), dtype=torch.bool)
         self._shown = [_Shown() for _ in self.ins], _Shown()
-        self._own: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that they had of their own
+        self._attached: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that each was given
 
     @property
     def key(self) -> nn.Parameter:
@@ -106,17 +106,26 @@ class UnitGroup:
             *((one, _into, shown) for one, shown in zip(self.ins, into, strict=True)),
             (self.out, _out_of, out_of),
         ]:
-            self._own.append((linear, linear.__dict__.get("forward")))
-            linear.__dict__["forward"] = partial(forward, linear, shown)
+            own = partial(forward, linear, shown)
+            vars(own)["before"] = vars(linear).get("forward")
+            vars(linear)["forward"] = own
+            self._attached.append((linear, own))
 
     def release(self) -> None:
-        """Give the layers their own forward back."""
+        """Give the layers their former forward back, in whatever order groups that share a layer are released."""
         self.show(None)
-        for linear, own in self._own:
-            linear.__dict__.pop("forward", None)
-            if own is not None:
-                linear.__dict__["forward"] = own
-        self._own = []
+        for linear, own in reversed(self._attached):
+            forward: Any = vars(linear).get("forward")
+            if forward is own and own.before is None:
+                del vars(linear)["forward"]
+            elif forward is own:
+                vars(linear)["forward"] = own.before
+            while forward is not None:  # a group that was attached later puts back what this one would have
+                before: Any = vars(forward).get("before") if isinstance(forward, partial) else None
+                if before is own:
+                    vars(forward)["before"] = own.before
+                forward = before
+        self._attached = []
 
     def show(self, units: Tensor | None) -> None:
         """Compute these units (units,) only; None for all."""

@@ -71,8 +71,8 @@ class PreemptionGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # a new list: Lightning is going through the present one
-        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+        lightning: Any = trainer  # which does not declare its callbacks
+        lightning.callbacks = [*(callback for callback in lightning.callbacks if callback is not self), self]
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_start(trainer, pl_module)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lit_scale.cost import CostMeter
 from lit_scale.models.mae import MaskedAutoencoder
 from lit_scale.schedules import warmup_cosine
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["ProbeAtEnd", "fine_tune", "linear_probe"]
 
@@ -197,7 +198,6 @@ class ProbeAtEnd(Callback):
             self.accuracies["fine_tune_accuracy"] = fine_tune(pl_module, data, steps=self.steps, lr=self.lr)
         for name, accuracy in self.accuracies.items():
             print(f"{name.replace('_', ' ')}: {accuracy:.1%}", flush=True)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CostMeter):
-                callback.extra |= self.accuracies
-                callback.write(trainer, pl_module)
+        for meter in callbacks_of(trainer, CostMeter):
+            meter.extra |= self.accuracies
+            meter.write(trainer, pl_module)

@@ -41,14 +41,14 @@ class Agreement(Callback):
         if trainer.global_step == self.step:
             return  # gradients are being accumulated
         self.step = trainer.global_step
-        for part in self.sparsity._parts:
+        for part in self.sparsity.parts:
             for parameter, mask in part.masks():
                 assert not parameter[~mask.expand_as(parameter)].any()
         own = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
         both = [torch.empty_like(own) for _ in range(trainer.world_size)]
         dist.all_gather(both, own)
         self.gaps.append((both[0] - both[1]).abs().max().item())
-        self.masks.append(torch.cat([part.active for part in self.sparsity._parts]))
+        self.masks.append(torch.cat([part.active for part in self.sparsity.parts]))
 
 
 def fit(folder: Path, phase: str, sparsity: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -106,9 +106,9 @@ def test_with_a_choice_of_its_own_each_rank_drifts_away(
 class OnItsOwn(DynamicSparsity):
     """Each rank draws its own masks."""
 
-    def _generator(self, *args: Any) -> torch.Generator:
+    def generator(self, *args: Any) -> torch.Generator:
         self.seed = dist.get_rank()
-        return super()._generator(*args)
+        return super().generator(*args)
 
 
 CASES: dict[str, dict[str, Any]] = {
