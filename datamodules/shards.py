@@ -295,7 +295,7 @@ class Shards(Dataset[dict[str, Any]]):
         return data
 
     def _descriptor(self, number: int) -> int:
-        """Descriptor of the open file of this shard. Forked processes can share it: pread does not move its position."""
+        """Descriptor of this shard's open file. Forked processes can share it, because pread does not move it."""
         file = self._open.pop(number, None)
         if file is None:
             path = self.paths[number]
