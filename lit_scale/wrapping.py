@@ -1,4 +1,4 @@
-"""Change one object during a run: wrap a method, replace an attribute, and undo it, in any order for wrapped methods."""
+"""Change one object during a run: wrap a method or replace an attribute, and undo it (wrapped methods in any order)."""
 
 from __future__ import annotations
 
