@@ -54,10 +54,10 @@ docs-serve: setup  ## Show the documentation while it is edited
 	$(MKDOCS) serve
 
 check-results: setup  ## Check that the stored results belong to the code
-	if [ -f benchmarks/check.py ]; then $(BIN)/python benchmarks/check.py; fi
+	$(BIN)/python benchmarks/check.py
 
-bench: setup  ## Measure the savings of progressive stacking on this CPU
-	$(BIN)/python benchmarks/savings.py bert_progressive_stack --preset cpu
+bench: setup  ## List what has been measured; benchmarks/clock.py measures
+	$(BIN)/python benchmarks/clock.py list
 
 clean:  ## Remove build outputs and caches (the environment and runs/ stay)
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -24,12 +24,16 @@ def price_of(store: Store, size: str) -> float:
 
 
 def plain_points(store: Store, task: Task) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
-    """Plain runs at each size's chosen rate, by (size, steps) and then by seed."""
+    """Plain runs at the rate that was chosen for their size and length, by (size, steps) and then by seed."""
     points: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-    rates = store.data.get("rates", {})
+    rates, own_rates = store.data.get("rates", {}), store.data.get("point_rates", {})
     for run in store.runs:
         plain = run["technique"] is None and not run["flags"] and not run["again"]
-        if plain and run["seed"] < TUNING and run["lr"] == rates.get(run["size"]):
+        if (
+            plain
+            and run["seed"] < TUNING
+            and run["lr"] == own_rates.get(f"{run['size']}@{run['steps']}", rates.get(run["size"]))
+        ):
             points.setdefault((run["size"], run["steps"]), {})[run["seed"]] = run
     return points
 
@@ -48,8 +52,6 @@ def cost_of(run: dict[str, Any], store: Store, clock: str) -> float:
     """Of a run: in steps of the unit, or in FLOPs."""
     if clock == "flops":
         return float(run["flops"])
-    if run["own_steps"] is None:
-        return math.nan
     return float(run["own_steps"]) * price_of(store, run["size"])
 
 
@@ -174,6 +176,7 @@ def of_network(task: Task, plain: Store, store: Store, name: str, size: str, bud
         "settings_tried_plain": tried_plain(plain, size),
         "lr": chosen["lr"],
         "reference": any_row["reference"],
+        "priced": any_row["priced"],
     }
 
 
@@ -192,12 +195,13 @@ def of_control(
         return {"about": "none", **Estimate(None, None, None, "it has none on this network").as_dict()}
     if "steps" in control:
         source = plain if control["plain"] else store
-        flags = [control["flags"] if not control["plain"] else None, control["flags"] if control["plain"] else []]
+        flags = [None, control["flags"]] if control["plain"] else [control["flags"], []]
         runs = {
             run["seed"]: run
             for run in source.runs
             if [run["technique"], run["flags"]] == flags
             and (run["size"], run["steps"], run["lr"]) == (control["size"], control["steps"], control["lr"])
+            and run["seed"] in task.seeds
             and not run["again"]
         }
         losses = {seed: run["test"][task.metric] for seed, run in runs.items()}

@@ -12,11 +12,13 @@ variants are chosen on the validation split with seeds from 1,000 on; reported a
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -25,11 +27,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import tasks_gpu  # noqa: E402
 from analysis import analyse, envelope_size, price_of  # noqa: E402
 from entries import ENTRIES, Entry  # noqa: E402
-from runs import Run, Runner, steps_of  # noqa: E402
+from prices import measure  # noqa: E402
 from store import Store  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
+
+from runs import Run, Runner, steps_of  # noqa: E402
 
 TUNING_SEED = 1_000  # and beyond: none of those that are reported
 CLOSE = 1.06  # a size whose loss is this far above the best one's is not followed to budgets that suit it even less
@@ -69,22 +74,24 @@ class Sweep:
         """What is compared."""
         return float(entry[split][self.task.metric])
 
-    def tuned(self, store: Store, run: Run, rates: Sequence[float]) -> tuple[float, int]:
-        """The rate with the least validation loss, and how many were tried.
+    def tuned(self, store: Store, runs: Mapping[str, Run], rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """The rate with the least validation loss for each of several runs, which are tuned side by side.
 
         Where the best is the lowest or the highest that was tried, the next beyond it is tried too.
         """
-        tried: dict[float, float] = {}
-        todo = list(rates)
+        tried: dict[str, dict[float, float]] = {name: {} for name in runs}
+        todo = [(name, lr) for name in runs for lr in rates[name]]
         while todo:
-            runs = [replace(run, lr=lr, seed=TUNING_SEED) for lr in todo]
-            tried |= {one.lr: self.loss(entry) for one, entry in zip(runs, self.made(store, runs), strict=True)}
-            known = sorted(tried)
-            best = min(known, key=lambda lr: tried[lr])
-            step = known[1] / known[0] if len(known) > 1 else 2.0
-            beyond = {known[0]: best / step, known[-1]: best * step}.get(best)
-            todo = [] if beyond is None or len(known) == 1 else [float(f"{beyond:.3g}")]
-        return min(tried, key=lambda lr: tried[lr]), len(tried)
+            made = self.made(store, [replace(runs[name], lr=lr, seed=TUNING_SEED) for name, lr in todo])
+            for (name, lr), entry in zip(todo, made, strict=True):
+                tried[name][lr] = self.loss(entry)
+            todo = []
+            for name, losses in tried.items():
+                known, best = sorted(losses), min(losses, key=lambda lr: losses[lr])
+                if len(known) > 1 and best in (known[0], known[-1]):
+                    factor = known[1] / known[0]
+                    todo.append((name, float(f"{best / factor if best == known[0] else best * factor:.3g}")))
+        return {name: min(losses, key=lambda lr: losses[lr]) for name, losses in tried.items()}
 
     # -- plain networks -----------------------------------------------------------------------------------------------
 
@@ -92,13 +99,8 @@ class Sweep:
         """Measure what a step of each size costs, once: budgets are told in them."""
         if "prices" in self.plain.data and set(self.plain.data["prices"]["sizes"]) == set(self.task.sizes):
             return
-        import json
-        import subprocess
-
-        command = [sys.executable, str(ROOT / "benchmarks" / "prices.py"), self.task.name, str(self.runner.cores[0])]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        printed = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        self.plain.data["prices"] = json.loads(printed.stdout.splitlines()[-1])
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose threads and core are its own
+            self.plain.data["prices"] = pool.submit(measure, self.task, core=self.runner.cores[0]).result()
         self.plain.data["task"] = self.task.name
         self.plain.save()
 
@@ -107,15 +109,10 @@ class Sweep:
         task, store = self.task, self.plain
         self.prices()
         budgets = {size: task.trained[1] if size == task.trained[0] else task.headline for size in task.sizes}
-        rates = {
-            size: self.tuned(store, self.plain_run(size, budget, task.rates[0], TUNING_SEED), task.rates)[0]
-            for size, budget in budgets.items()
-        }
-        store.data["rates"] = rates
-        at_headline = {
-            size: self.loss(self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED)])[0])
-            for size in task.sizes
-        }
+        runs = {size: self.plain_run(size, budget, task.rates[0], TUNING_SEED) for size, budget in budgets.items()}
+        store.data["rates"] = rates = self.tuned(store, runs, dict.fromkeys(task.sizes, task.rates))
+        found = self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED) for size in task.sizes])
+        at_headline = dict(zip(task.sizes, map(self.loss, found), strict=True))
         best = min(at_headline, key=lambda size: at_headline[size])
         order = sorted(task.sizes, key=lambda size: price_of(store, size))
 
@@ -125,26 +122,42 @@ class Sweep:
             return close or (larger > 0 and budget > task.headline) or (larger < 0 and budget < task.headline)
 
         scan = [(size, budget) for budget in task.budgets for size in task.sizes if worth(size, budget)]
-        runs = [self.plain_run(size, budget, rates[size], task.seeds[0]) for size, budget in scan]
-        losses = dict(zip(scan, map(self.loss, self.made(store, runs)), strict=True))
+        made = self.made(store, [self.plain_run(size, b, rates[size], task.seeds[0]) for size, b in scan])
+        losses = dict(zip(scan, map(self.loss, made), strict=True))
         around = [budget for budget in task.budgets if task.headline / 2.2 <= budget <= task.headline * 2.2]
         points = {min((key for key in scan if key[1] == budget), key=lambda key: losses[key]) for budget in around}
         center = next(size for size, budget in points if budget == task.headline)
         points |= {(center, budget) for budget in around}
         size, trained = task.trained
         points |= {(size, budget) for budget in task.budgets if trained / 2.2 <= budget <= trained * 2.2}
-        self.made(
-            store,
-            [self.plain_run(size, budget, rates[size], seed) for size, budget in sorted(points) for seed in task.seeds],
-        )
-        for batch in task.batches:  # the batch size is part of the tuned baseline
-            self.tuned(store, self.other_batch(center, rates[center], batch), [rates[center] / 2**0.5, rates[center]])
+        self.make_points(points)
+        # the batch size is part of the tuned baseline
+        batches = {str(batch): self.other_batch(center, rates[center], batch) for batch in task.batches}
+        self.tuned(store, batches, {str(b): [rates[center] * 2**power for power in (-1, 0, 1)] for b in task.batches})
         store.save()
+
+    def make_points(self, points: Iterable[tuple[str, int]]) -> None:
+        """Five seeds of each size at each budget, at a rate that was tuned for that length."""
+        points, rates = sorted(points), self.plain.data["rates"]
+        runs = {self._point(*point): self.plain_run(*point, rates[point[0]], TUNING_SEED) for point in points}
+        known = self.plain.data.setdefault("point_rates", {})
+        todo = {name: run for name, run in runs.items() if name not in known}
+        known |= self.tuned(self.plain, todo, {name: [run.lr / 2, run.lr] for name, run in todo.items()})
+        self.made(
+            self.plain,
+            [self.plain_run(*point, self.rate(*point), seed) for point in points for seed in self.task.seeds],
+        )
+
+    def _point(self, size: str, budget: float) -> str:
+        return f"{size}@{self.plain_run(size, budget, 1.0, 0).steps}"
+
+    def rate(self, size: str, budget: float) -> float:
+        """The rate that was tuned for a size at a budget, else at the headline budget."""
+        return self.plain.data.get("point_rates", {}).get(self._point(size, budget), self.plain.data["rates"][size])
 
     def other_batch(self, size: str, lr: float, batch: int) -> Run:
         """A plain run of another batch size with as many samples: about the same cost."""
-        own = next(int(flag.partition("=")[2]) for flag in self.task.flags if flag.startswith("--data.batch_size="))
-        run = self.plain_run(size, self.task.headline * own / batch, lr, TUNING_SEED)
+        run = self.plain_run(size, self.task.headline * self.task.batch_size / batch, lr, TUNING_SEED)
         return replace(run, flags=(f"--data.batch_size={batch}",))
 
     # -- techniques ---------------------------------------------------------------------------------------------------
@@ -156,6 +169,8 @@ class Sweep:
         store.data |= {"technique": entry.technique, "recipe": entry.recipe, "task": task.name, "kind": entry.kind}
         headline = "trained" if task.judged_on == "trained" else "envelope"
         networks = {"envelope": (envelope_size(self.plain, task), task.headline), "trained": task.trained}
+        if entry.suffix:  # a network of its own, which the ladder holds under this ending
+            networks = {name: own for name, own in networks.items() if own[0].endswith(entry.suffix)}
         networks = {
             name: (size, budget)
             for name, (size, budget) in networks.items()
@@ -167,24 +182,25 @@ class Sweep:
             networks = {headline: networks[headline]}
         store.data["headline"] = headline
         store.data["networks"] = {name: list(network) for name, network in networks.items()}
-        for name, (size, budget) in sorted(networks.items(), key=lambda item: item[0] != headline):
-            run = self._technique_run(store, entry, entry.flags, size, budget)
-            own_rate = self.plain.data["rates"][size]
-            lr, tried = self.tuned(store, run, [own_rate / 2, own_rate, own_rate * 2])
-            flags, run = entry.flags, replace(run, lr=lr)
+        runs = {name: self._technique_run(store, entry, entry.flags, *network) for name, network in networks.items()}
+        plain = {name: self.rate(*network) for name, network in networks.items()}
+        tuned = self.tuned(store, runs, {name: [rate / 2, rate, rate * 2] for name, rate in plain.items()})
+        for name in sorted(networks, key=lambda name: name != headline):
+            (size, budget), lr = networks[name], tuned[name]
+            flags, run = entry.flags, replace(runs[name], lr=lr)
             if name == headline and entry.variants:
-                losses = {entry.flags: self.loss(self.made(store, [replace(run, seed=TUNING_SEED)])[0])}
-                for variant in entry.variants.values():
-                    other = self._technique_run(store, entry, variant, size, budget, lr)
-                    losses[variant] = self.loss(self.made(store, [replace(other, seed=TUNING_SEED)])[0])
-                flags = min(losses, key=lambda own: losses[own])
-                run = replace(self._technique_run(store, entry, flags, size, budget), lr=lr)
-                tried += len(entry.variants)
+                others = [self._technique_run(store, entry, own, size, budget, lr) for own in entry.variants.values()]
+                variants = [replace(one, seed=TUNING_SEED) for one in (run, *others)]
+                losses = [self.loss(one) for one in self.made(store, variants)]
+                run = variants[losses.index(min(losses))]
+                assert run.technique is not None
+                flags = run.technique
+            tried = len({one["lr"] for one in store.runs if one["size"] == size and one["seed"] == TUNING_SEED})
             store.data.setdefault("chosen", {})[name] = {
                 "lr": lr,
                 "flags": list(flags),
                 "steps": run.steps,
-                "settings_tried": tried,
+                "settings_tried": tried + (len(entry.variants) if name == headline else 0),
             }
             self.made(store, [replace(run, seed=seed) for seed in task.seeds])
             self._make_control(store, entry, name, size, budget, lr)
@@ -193,16 +209,23 @@ class Sweep:
         self.finish(entry, store)
 
     def _technique_run(
-        self, store: Store, entry: Entry, flags: tuple[str, ...], size: str, budget: float, lr: float | None = None
+        self,
+        store: Store,
+        entry: Entry,
+        flags: tuple[str, ...],
+        size: str,
+        budget: float,
+        lr: float | None = None,
+        recipe: str = "",
     ) -> Run:
         """A run that costs about the budget; how much its step costs a short run tells first."""
-        rate = self.plain.data["rates"][size] if lr is None else lr
+        rate = self.rate(size, budget) if lr is None else lr
         price = price_of(self.plain, size)
-        guess = Run(self.task, size, steps_of(budget / 20, price), rate, TUNING_SEED + 1, entry.recipe, flags)
+        steps = steps_of(budget / 20, price * entry.relative_cost)
+        guess = Run(self.task, size, steps, rate, TUNING_SEED + 1, recipe or entry.recipe, flags)
         pilot = self.made(store, [guess])[0]
-        own_steps = pilot["own_steps"] or guess.steps * entry.relative_cost
         charged = sum(one["seconds"] for one in pilot["charges"].values()) / (pilot["plain_seconds"] or 1.0)
-        each = max(0.05, (own_steps - charged) / guess.steps)
+        each = max(0.05, (pilot["own_steps"] - charged) / guess.steps)
         return replace(guess, steps=steps_of(budget, price * each), seed=TUNING_SEED)
 
     def _make_control(self, store: Store, entry: Entry, name: str, size: str, budget: float, lr: float) -> None:
@@ -211,20 +234,21 @@ class Sweep:
             other = control.size.get(size)
             if other is None:
                 return
-            rate = self.plain.data["rates"][other]
-            self.made(self.plain, [self.plain_run(other, budget, rate, seed) for seed in task.seeds])
+            self.make_points([(other, int(budget))])
             store.data.setdefault("control", {})[name] = {"about": control.about, "size": other}
             return
-        if control.plain:
-            run = replace(
-                self.plain_run(size, budget, self.plain.data["rates"][size], TUNING_SEED), flags=control.flags
-            )
+        if control.batch_size:
+            run = replace(self.other_batch(size, self.rate(size, budget), control.batch_size), seed=TUNING_SEED)
             target = self.plain
+        elif control.flags:
+            recipe = control.recipe or entry.recipe
+            run, target = self._technique_run(store, entry, control.flags, size, budget, lr, recipe), store
         else:
-            run, target = self._technique_run(store, entry, control.flags, size, budget, lr), store
+            return
         self.made(target, [replace(run, seed=seed) for seed in task.seeds])
-        kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "flags": list(control.flags)}
-        store.data.setdefault("control", {})[name] = kept | {"plain": control.plain, "size": size}
+        kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "size": size, "plain": run.technique is None}
+        flags = run.flags if run.technique is None else run.technique
+        store.data.setdefault("control", {})[name] = kept | {"flags": list(flags)}
 
     def _make_pairs(self, store: Store, entry: Entry, size: str, budget: float, name: str) -> None:
         """The technique's runs once more, each at the same time as the plain run of the same seed, for wall time."""
@@ -232,7 +256,7 @@ class Sweep:
         beside = f"{entry.technique}{entry.kind and '-'}{entry.kind}"
         pairs = []
         for seed in self.task.seeds:
-            plain = replace(self.plain_run(size, budget, self.plain.data["rates"][size], seed), again=beside)
+            plain = replace(self.plain_run(size, budget, self.rate(size, budget), seed), again=beside)
             own = Run(
                 self.task, size, chosen["steps"], chosen["lr"], seed, entry.recipe, tuple(chosen["flags"]), (), "plain"
             )
@@ -260,26 +284,31 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0))[:2], help="a run each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "clock", help="where runs in progress are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="files of results")
+    parser.add_argument("--gpu", action="store_true", help="tasks of a GPU's size (tasks_gpu.py), which NEVER RAN YET")
     args = parser.parse_args()
+    tasks, entries = (tasks_gpu.TASKS, tasks_gpu.ENTRIES) if args.gpu else (TASKS, ENTRIES)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    known = TASKS if args.what == "plain" else ENTRIES
+    known = tasks if args.what == "plain" else entries
     if unknown := [name for name in args.names if name not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     if args.what == "list":
-        listing(args.out)
+        listing(args.out, tasks, entries)
         return
+    if args.gpu:
+        print("No task of a GPU's size has ever been run; sizes, budgets and rates are guesses.", flush=True)
+        args.cores = args.cores[:1]  # one run at a time
     os.environ["OMP_NUM_THREADS"] = "1"
     os.nice(10)
     runner = Runner(args.runs, args.cores, lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True))
     chosen = args.names or list(known)
     if args.what in ("plain", "all"):
-        tasks = chosen if args.what == "plain" else list(dict.fromkeys(ENTRIES[name].task for name in chosen))
-        for name in tasks:
-            Sweep(TASKS[name], runner, args.out).make_plain()
+        names = chosen if args.what == "plain" else list(dict.fromkeys(entries[name].task for name in chosen))
+        for name in names:
+            Sweep(tasks[name], runner, args.out).make_plain()
     if args.what in ("technique", "all", "analyse"):
         for name in chosen:
-            entry = ENTRIES[name]
-            sweep = Sweep(TASKS[entry.task], runner, args.out)
+            entry = entries[name]
+            sweep = Sweep(tasks[entry.task], runner, args.out)
             if args.what == "analyse":
                 if (args.out / f"{name}.json").exists():
                     sweep.finish(entry, Store(args.out / f"{name}.json"))
@@ -287,13 +316,13 @@ def main() -> None:
                 sweep.make_technique(entry)
 
 
-def listing(folder: Path) -> None:
+def listing(folder: Path, tasks: Mapping[str, Task], entries: Mapping[str, Entry]) -> None:
     """What is there."""
-    for task in TASKS.values():
+    for task in tasks.values():
         store = Store(folder / f"{task.name}.plain.json")
         minutes = sum(entry["wall_seconds"] for entry in store.runs) / 60
         print(f"{task.name}: {len(store.runs)} plain runs, {minutes:.0f} core minutes")
-        for entry in ENTRIES.values():
+        for entry in entries.values():
             if entry.task == task.name:
                 own = Store(folder / f"{entry.name}.json")
                 minutes = sum(run["wall_seconds"] for run in own.runs) / 60

@@ -14,19 +14,21 @@ __all__ = ["ENTRIES", "Control", "Entry"]
 
 @dataclass(frozen=True)
 class Control:
-    """What a technique is compared with beside plain networks.
+    """What a technique is compared with beside plain networks, at equal cost.
 
     Attributes:
         about: In words.
-        size: A plain network of the task's ladder at equal cost, by the size of the technique's network.
-        flags: Or flags of a run of the recipe, in place of the entry's, at equal cost.
-        plain: Whether these flags belong to a run without the technique.
+        size: A plain network of the task's ladder, by the size of the technique's network.
+        batch_size: Or a plain run with batches of this size: as many samples as the technique trains, taken at random.
+        flags: Or a run of the technique's recipe with these flags in place of the entry's.
+        recipe: Of another recipe, if these flags are another's.
     """
 
     about: str
     size: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int = 0
     flags: tuple[str, ...] = ()
-    plain: bool = False
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Entry:
         flags: Of the technique, where they differ from the recipe's defaults.
         variants: Other settings that validation may prefer, by name.
         least_depth: Blocks that the technique needs; on smaller networks it is not judged.
-        relative_cost: A guess of what its step costs beside the plain one's; the first run tells.
+        relative_cost: About how much its step costs beside the plain one's, for the first short run that measures it.
+        suffix: Ending of the names of the ladder's networks that it works on, if only some have what it needs.
         kind: Tells two entries of one technique and task apart.
     """
 
@@ -53,6 +56,7 @@ class Entry:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     least_depth: int = 1
     relative_cost: float = 1.0
+    suffix: str = ""
     kind: str = ""
 
     @property
@@ -61,8 +65,19 @@ class Entry:
         return ".".join([self.technique, self.task, *([self.kind] if self.kind else [])])
 
 
+def flags(technique: str, **given: object) -> tuple[str, ...]:
+    """Flags of one technique.
+
+    >>> flags("random_ltd", keep=0.5)
+    ('--random_ltd.keep=0.5',)
+    """
+    return tuple(f"--{technique}.{name}={value}" for name, value in given.items())
+
+
 SHALLOWER = Control("a network of half the depth", size={"2x64": "1x64", "4x64": "2x64", "8x64": "4x64"})
-NARROWER = Control("a network of half the width", size={"1x64": "1x32", "2x64": "1x64", "4x64": "2x64"})
+NARROWER = Control("a network of half the width", size={"1x64": "1x32", "4x64": "4x32"})
+FEWER = Control("half of the samples, taken at random", batch_size=8)
+NONE = Control("none: it is no choice and no schedule")
 
 ENTRIES = {
     entry.name: entry
@@ -71,8 +86,134 @@ ENTRIES = {
             "sequence_length_warmup",
             "gpt_sequence_length_warmup",
             "text_clm",
-            Control("windows of 128 from the beginning to the end", flags=("--data.sequence_length=128",), plain=True),
-            relative_cost=0.9,
+            Control(
+                "a quarter of the length until the last twentieth",
+                flags=flags("sequence_length_warmup", stages="[[0.0,0.25],[0.95,1.0]]"),
+            ),
+        ),
+        Entry("eight_bit_optimizer", "gpt_eight_bit_optimizer", "text_clm", NONE, relative_cost=1.2),
+        Entry(
+            "resolution_growing",
+            "vit_resolution_growing",
+            "image_classify",
+            Control(
+                "half of the side until the last twentieth",
+                flags=flags("resolution_growing", stages="[[0.0,0.5],[0.95,1.0]]"),
+            ),
+            relative_cost=0.6,
+        ),
+        Entry(
+            "patch_dropping",
+            "vit_patch_dropping",
+            "image_classify",
+            Control(
+                "half of the side until the last twentieth",
+                flags=flags("resolution_growing", stages="[[0.0,0.5],[0.95,1.0]]"),
+                recipe="vit_resolution_growing",
+            ),
+            flags=flags("patch_dropping", fraction=0.5),
+            variants={"three quarters dropped": flags("patch_dropping", fraction=0.75)},
+            relative_cost=0.6,
+        ),
+        Entry(
+            "importance_sampling",
+            "vit_importance_sampling",
+            "image_classify",
+            Control("half of the samples, taken at random", batch_size=16),
+            kind="balanced",
+        ),
+        Entry("all_in_one", "vit_all_in_one", "image_classify", SHALLOWER, least_depth=2, relative_cost=0.5),
+        Entry(
+            "importance_sampling",
+            "vit_importance_sampling",
+            "image_imbalanced",
+            FEWER,
+            variants={"of twice as many": flags("importance_sampling", presample=2)},
+            relative_cost=1.5,
+        ),
+        Entry("selective_backprop", "vit_selective_backprop", "image_imbalanced", FEWER, relative_cost=0.9),
+        Entry(
+            "rho_loss",
+            "vit_rho_loss",
+            "image_noisy",
+            FEWER,
+            flags=("--data.part=[0.0,0.8]", "--rho_loss.share=0.5"),
+            variants={"the top tenth": ("--data.part=[0.0,0.8]", "--rho_loss.share=0.1")},
+            relative_cost=2.0,
+        ),
+        Entry(
+            "masked_token_skip",
+            "mae_masked_token_skip",
+            "image_mim",
+            Control("a network of half the depth", size={"4x64+decoder": "2x64+decoder"}),
+            suffix="+decoder",
+            relative_cost=0.4,
+        ),
+        Entry(
+            "token_dropping",
+            "bert_token_dropping",
+            "text_mlm",
+            Control(
+                "as many tokens, at random",
+                flags=flags("random_ltd", keep=0.5, before=1, after=1, until=1.0, stages=1),
+                recipe="bert_random_ltd",
+            ),
+            flags=flags("token_dropping", keep=0.5, before=1, after=1),
+            variants={"a quarter is kept": flags("token_dropping", keep=0.25, before=1, after=1)},
+            least_depth=3,
+        ),
+        Entry(
+            "random_ltd",
+            "bert_random_ltd",
+            "text_mlm",
+            SHALLOWER,
+            variants={"from a half": flags("random_ltd", keep=0.5)},
+            least_depth=3,
+        ),
+        Entry("mask_later", "bert_mask_later", "text_mlm", SHALLOWER, least_depth=3),
+        Entry(
+            "dynamic_sparsity",
+            "bert_dynamic_sparsity",
+            "text_mlm",
+            NARROWER,
+            flags=flags("dynamic_sparsity", density=0.5),
+            variants={"a quarter of the units": flags("dynamic_sparsity", density=0.25)},
+            relative_cost=0.7,
+        ),
+        Entry(
+            "dynamic_sparsity",
+            "bert_dynamic_sparsity",
+            "text_mlm",
+            Control(
+                "a random mask that never moves",
+                flags=flags("dynamic_sparsity", density=0.2, granularity="weight", drop=0.0),
+            ),
+            flags=flags("dynamic_sparsity", density=0.2, granularity="weight"),
+            relative_cost=1.2,
+            kind="weights",
+        ),
+        Entry("all_in_one", "bert_all_in_one", "text_mlm", SHALLOWER, least_depth=4, relative_cost=0.6),
+        Entry(
+            "large_batch",
+            "bert_large_batch",
+            "text_mlm",
+            Control("a plain step of four times the batch", batch_size=64),
+            flags=(
+                "--trainer.max_epochs=-1",
+                "--trainer.limit_train_batches=10752",  # whole steps in each epoch
+                "--trainer.callbacks=null",
+                *flags("large_batch", times=16, lr="null", scaling="none"),
+            ),
+            relative_cost=16.0,
+        ),
+        Entry(
+            "progressive_stacking",
+            "bert_progressive_stack",
+            "text_mlm_deep",
+            SHALLOWER,
+            variants={"from half of the depth": flags("progressive_stacking", stages="[[0.0,0.5],[0.5,1.0]]")},
+            least_depth=4,
+            relative_cost=0.6,
         ),
     )
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import runpy
 import statistics
-import sys
 import time
 from datetime import date
 from typing import Any
@@ -14,27 +13,34 @@ import numpy as np
 from provenance import ROOT
 from tasks import Task
 
-__all__ = ["measure", "model_and_data"]
+__all__ = ["measure", "model_and_data", "recipe_of"]
+
+
+def recipe_of(name: str) -> Any:
+    """What a recipe's script hands to ``run_recipe``, without running it."""
+    from lit_scale import cli
+
+    caught: dict[str, Any] = {}
+
+    def catch(model: Any, data: Any, *, technique: Any, defaults: dict[str, Any], first: Any = None, **_: Any) -> None:
+        techniques = (technique,) if isinstance(technique, type) else tuple(technique)
+        caught["recipe"] = cli.Recipe(name, "", [], model, data, techniques, defaults, first=first)
+
+    own = cli.run_recipe
+    try:
+        cli.run_recipe = catch  # type: ignore[assignment]
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    finally:
+        cli.run_recipe = own
+    return caught["recipe"]
 
 
 def model_and_data(task: Task, size: str) -> tuple[Any, Any]:
     """The LightningModule and the data module of a plain run, made by the recipe's own flags."""
     from lit_scale import cli
 
-    caught: dict[str, Any] = {}
-
-    def catch(model: Any, data: Any, *, technique: Any, defaults: dict[str, Any], **_: Any) -> None:
-        techniques = (technique,) if isinstance(technique, type) else tuple(technique)
-        caught["recipe"] = cli.Recipe("prices", "", [], model, data, techniques, defaults)
-
-    own = cli.run_recipe
-    try:
-        cli.run_recipe = catch  # type: ignore[assignment]
-        runpy.run_path(str(ROOT / "recipes" / f"{task.recipe}.py"), run_name="__main__")
-    finally:
-        cli.run_recipe = own
     flags = [*task.machine, *task.flags, *task.sizes[size], "--baseline", "--trainer.enable_progress_bar=false"]
-    made = cli.RecipeCLI(caught["recipe"], flags)
+    made = cli.RecipeCLI(recipe_of(task.recipe), flags)
     made.datamodule.prepare_data()
     made.datamodule.setup("fit")
     return made.model, made.datamodule
@@ -50,6 +56,8 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if core is not None:
         os.sched_setaffinity(0, {core})
+    device = torch.device("cuda" if "--trainer.accelerator=gpu" in task.machine else "cpu")
+    precision = torch.autocast(device.type, torch.bfloat16, enabled="--trainer.precision=bf16-mixed" in task.machine)
     steps: dict[str, Any] = {}
     parameters: dict[str, int] = {}
     waits: dict[str, float] = {}
@@ -61,11 +69,13 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
         for _ in range(5):
             next(loader)
         waits[size] = (time.perf_counter() - begun) / 5
-        own = model.hparams
+        model, own = model.to(device), model.hparams
+        batch = model.transfer_batch_to_device(batch, device, 0)
         optimizer = create_optimizer(model, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"])
 
         def step(model: Any = model, batch: Any = batch, optimizer: Any = optimizer) -> None:
-            loss = model.training_step(batch, 0)
+            with precision:
+                loss = model.training_step(batch, 0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -81,6 +91,8 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
                 begun = time.perf_counter()
                 for _ in range(repeats):
                     step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 spent = (time.perf_counter() - begun) / repeats + wait
             if round_ or not seconds[size]:
                 seconds[size].append(spent)
@@ -106,12 +118,3 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
         "rounds": rounds,
         "date": date.today().isoformat(),
     }
-
-
-if __name__ == "__main__":
-    import json
-
-    from tasks import TASKS
-
-    sys.path.insert(0, str(ROOT))
-    print(json.dumps(measure(TASKS[sys.argv[1]], core=int(sys.argv[2]) if len(sys.argv) > 2 else None)))

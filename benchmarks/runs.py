@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Run:
     def name(self) -> str:
         """Of its folder."""
         parts = [self.size, str(self.steps), f"lr{self.lr:g}", f"seed{self.seed}"]
-        parts += [flag.removeprefix("--").rpartition(".")[2] for flag in (*(self.technique or ()), *self.flags)]
+        parts += [flag.removeprefix("--") for flag in (*(self.technique or ()), *self.flags)]
         text = "-".join([*parts, *([f"beside-{self.again}"] if self.again else [])])
         return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)[:200]
 
@@ -80,8 +81,7 @@ class Run:
             f"--model.lr={self.lr}",
             f"--trainer.max_steps={self.steps}",
             f"--seed_everything={self.seed}",
-            f"--trainer.val_check_interval={self.steps}",
-            "--trainer.check_val_every_n_epoch=null",
+            "--trainer.check_val_every_n_epoch=1000000",  # the recipe validates when training has ended
             "--trainer.enable_progress_bar=false",
             f"--trainer.default_root_dir={folder}",
         ]
@@ -108,22 +108,30 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
     plain = plain_seconds(record)
     spent = sum(kind["count"] * kind["seconds_each"] for kind in steps)
     charged = sum(one["seconds"] for one in record["charges"].values())
-    if run.technique is None:
-        own_steps: float | None = float(run.steps)
-    else:  # charges are scaled like the steps: both are seconds of the same run
-        own_steps = (spent + charged) / plain if plain else None
-    extra = {name: record[name] for name in ("linear_probe_accuracy", "sparse_flops") if name in record}
+    samples = sum(kind["count"] * kind["samples"] for kind in steps)
+    if run.technique is None:  # of another batch size: as many steps as the task's own batches would have been
+        own_steps = samples / run.task.batch_size
+    elif plain:  # charges are scaled like the steps: both are seconds of the same run
+        own_steps = (spent + charged) / plain
+    else:  # its steps have no plain form to be timed beside; what it does to their time only pairs of runs show
+        own_steps = samples / run.task.batch_size
+    val, test = ({n.partition("/")[2]: v for n, v in split.items()} for split in (record["metrics"], record["test"]))
+    for split, prefix in ((val, ""), (test, "test_")):
+        if (accuracy := record.get(f"{prefix}linear_probe_accuracy")) is not None:
+            split["probe_error"] = 1 - accuracy
+    extra = {name: record[name] for name in ("sparse_flops",) if name in record}
     return {
         **run.key,
         "own_steps": own_steps,
         "flops": record["flops"],
-        "tokens": sum(kind["count"] * kind["samples"] for kind in steps) * run.task.tokens,
+        "tokens": samples * run.task.tokens,
         "parameters": record["parameters"],
-        "val": {name.removeprefix("val/"): value for name, value in record["metrics"].items()},
-        "test": {name.removeprefix("test/"): value for name, value in record["test"].items()},
+        "val": val,
+        "test": test,
         "wall_seconds": record["wall_seconds"],
         "cpu_seconds": record["cpu_seconds"],
         "plain_seconds": plain,
+        "priced": "by samples" if run.technique is not None and not plain else "by steps",
         "charges": record["charges"],
         "kinds": len(steps),
         **extra,
@@ -178,14 +186,15 @@ class Runner:
 
     def _train(self, run: Run, core: int) -> dict[str, Any]:
         folder = self.folder / run.task.name / (run.recipe if run.technique is not None else "plain") / run.name
-        result, begun, last = folder / "result.json", folder / "begun.json", folder / "checkpoints" / "last.ckpt"
+        result, begun = folder / "result.json", folder / "begun.json"
         wanted = json.dumps([run.key, code_digest(run.recipe, run.technique is not None)])
         folder.mkdir(parents=True, exist_ok=True)
         same = begun.exists() and begun.read_text() == wanted
         if not (same and result.exists() and "test" in json.loads(result.read_text())):
             arguments = run.arguments(folder)
-            if same and last.exists():
-                arguments.append(f"--ckpt_path={last}")
+            saved = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+            if same and saved:  # the end of an interrupted run
+                arguments.append(f"--ckpt_path={saved[-1]}")
             begun.write_text(wanted)
             script = ROOT / "recipes" / f"{run.recipe}.py"
             child = self._context.Process(target=_child, args=(str(script), arguments, core, str(folder / "log.txt")))
@@ -208,7 +217,10 @@ class Runner:
 
     def make_all(self, runs: Iterable[Run], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """All of these runs, as many at a time as there are cores, ``done`` called with each entry."""
-        self._all([lambda run=run: [(run, self.make(run))] for run in runs], done, len(self.cores))
+        self._all([partial(self._alone, run) for run in runs], done, len(self.cores))
+
+    def _alone(self, run: Run) -> list[tuple[Run, dict[str, Any]]]:
+        return [(run, self.make(run))]
 
     def make_pairs(self, pairs: Iterable[tuple[Run, Run]], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """Pairs of runs that start at the same time, a core each; which has which core alternates with the seed.
@@ -225,7 +237,7 @@ class Runner:
                 made = [pool.submit(self.make, run, core) for run, core in zip((one, other), cores, strict=True)]
                 return [(run, future.result()) for run, future in zip((one, other), made, strict=True)]
 
-        self._all([lambda pair_=pair_: pair(*pair_) for pair_ in pairs], done, 1)
+        self._all([partial(pair, *both) for both in pairs], done, 1)
 
     def _all(self, makes: Sequence[Callable[[], list[Any]]], done: Callable[..., None], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:

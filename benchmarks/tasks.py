@@ -8,13 +8,15 @@ hour to hour, the ratio of two steps that are timed in turn does not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1")
 CIFAR10 = (
     "--data.source=data/cifar10/train-{00000..00008}.tar",
     "--data.val_source=data/cifar10/train-00009.tar",
     "--data.test_source=data/cifar10/test-*.tar",
+    "--data.val_fraction=0.1",
+    "--data.max_val_images=null",
 )
 
 
@@ -39,7 +41,9 @@ class Task:
         tokens: Of a sample.
         batches: Other batch sizes that the plain network on the envelope is tried with.
         metric: What is compared, among a split's metrics; lower is better.
-        minutes: How many minutes of two cores the plain runs took, for the record.
+        seeds: That are reported.
+        jobs: Runs at a time.
+        machine: Flags that say where a run is made.
     """
 
     name: str
@@ -58,7 +62,12 @@ class Task:
     metric: str = "loss"
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     jobs: int = 2
-    machine: tuple[str, ...] = field(default=CPU)
+    machine: tuple[str, ...] = CPU
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a plain step."""
+        return next(int(flag.partition("=")[2]) for flag in self.flags if flag.startswith("--data.batch_size="))
 
 
 def network(depth: int, width: int, **more: float | str) -> tuple[str, ...]:
@@ -73,6 +82,7 @@ def ladder(*sizes: tuple[int, int]) -> dict[str, tuple[str, ...]]:
 
 
 TEXT = ("--model.positions=rotary", "--data.val_fraction=0.05", "--data.test_fraction=0.05")
+ALIKE = ("--data.imbalance=1", "--data.label_noise=0.0", "--data.part=[0.0,1.0]")  # all samples are equally good
 SMALL_DIGITS = (
     "--model.patch_size=4",
     "--data.source=digits",
@@ -83,6 +93,18 @@ SMALL_DIGITS = (
     "--data.image_size=16",
     "--data.batch_size=16",
 )
+PROBE = '--trainer.callbacks=[{"class_path": "lit_scale.models.ProbeAtEnd", "init_args": {"steps": 0}}]'
+SIMMIM = {"decoder_depth": 0, "mask_ratio": 0.6}  # a linear head, three fifths hidden (Xie et al. 2022, section 3)
+MAE = {"decoder_depth": 1, "decoder_width": 64, "decoder_heads": 2, "mask_ratio": 0.75}
+
+
+def autoencoders(*sizes: tuple[int, int], **more: float) -> dict[str, tuple[str, ...]]:
+    """Networks of masked image modelling, whose initial weights the module scales itself."""
+    return {
+        f"{depth}x{width}": tuple(flag for flag in network(depth, width, **more) if "init_std" not in flag)
+        for depth, width in sizes
+    }
+
 
 TASKS = {
     task.name: task
@@ -92,7 +114,7 @@ TASKS = {
             about="masked language model, Python's own sources as bytes, windows of 64",
             recipe="bert_progressive_stack",
             flags=(*TEXT, "--data.sequence_length=64", "--data.batch_size=16", "--data.max_val_sequences=2048"),
-            sizes=ladder((1, 32), (1, 64), (2, 64), (4, 64), (2, 128)),
+            sizes=ladder((1, 32), (1, 64), (2, 64), (4, 32), (4, 64), (2, 128)),
             unit="1x64",
             budgets=(4_700, 9_400, 18_800, 37_600),
             headline=9_400,
@@ -127,6 +149,7 @@ TASKS = {
             recipe="vit_resolution_growing",
             flags=(
                 *CIFAR10,
+                *ALIKE,
                 "--model.patch_size=4",
                 "--data.image_size=32",
                 "--data.batch_size=32",
@@ -145,7 +168,7 @@ TASKS = {
             name="image_imbalanced",
             about="scanned digits, the zeros of which are met 100 times as often",
             recipe="vit_importance_sampling",
-            flags=(*SMALL_DIGITS, "--data.imbalance=100"),
+            flags=(*SMALL_DIGITS, *ALIKE, "--data.imbalance=100"),
             sizes=ladder((1, 32), (1, 64), (2, 64), (4, 64)),
             unit="1x64",
             budgets=(7_500, 15_000, 30_000, 60_000),
@@ -159,7 +182,7 @@ TASKS = {
             name="image_noisy",
             about="scanned digits, a fifth of which have a wrong class in training",
             recipe="vit_rho_loss",
-            flags=(*SMALL_DIGITS, "--data.label_noise=0.2"),
+            flags=(*SMALL_DIGITS, *ALIKE, "--data.label_noise=0.2"),
             sizes=ladder((1, 32), (1, 64), (2, 64), (4, 64)),
             unit="1x64",
             budgets=(7_500, 15_000, 30_000, 60_000),
@@ -168,6 +191,33 @@ TASKS = {
             rates=(5e-4, 1e-3, 2e-3),
             tokens=16,
             batches=(8, 32),
+        ),
+        Task(
+            name="image_mim",
+            about="masked image modelling on CIFAR-10, judged by a linear probe",
+            recipe="mae_masked_token_skip",
+            flags=(
+                *CIFAR10,
+                *ALIKE,
+                PROBE,
+                "--model.architecture=vit_tiny_patch16_224",
+                "--model.patch_size=4",
+                "--data.image_size=32",
+                "--data.batch_size=64",
+                "--data.augmentation=standard",
+            ),
+            sizes={
+                **autoencoders((1, 64), (2, 64), (4, 64), (4, 96), **SIMMIM),
+                **{f"{name}+decoder": flags for name, flags in autoencoders((2, 64), (4, 64), **MAE).items()},
+            },
+            unit="1x64",
+            budgets=(1_250, 2_500, 5_000, 10_000),
+            headline=2_500,
+            trained=("4x64+decoder", 5_000),
+            judged_on="trained",
+            rates=(1e-3, 2e-3, 4e-3),
+            tokens=64,
+            metric="probe_error",
         ),
         Task(
             name="text_mlm_deep",
@@ -181,13 +231,13 @@ TASKS = {
                 "--data.batch_size=16",
                 "--data.max_val_sequences=1024",
             ),
-            sizes=ladder((1, 64), (2, 64), (4, 64), (4, 96), (8, 64), (4, 128)),
+            sizes=ladder((1, 64), (2, 64), (4, 64), (4, 96), (8, 64)),
             unit="1x64",
             budgets=(14_000, 28_000, 56_000),
             headline=28_000,
             trained=("4x64", 28_000),
             judged_on="trained",
-            rates=(1.5e-3, 3e-3, 6e-3),
+            rates=(3e-3, 6e-3),
             tokens=128,
         ),
     )

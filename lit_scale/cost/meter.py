@@ -54,6 +54,15 @@ class CostMeter(Callback):
     the ranks, and reference seconds their mean, which is what the run takes. Resumed, every rank goes on from the
     counts of rank 0.
 
+    Reference seconds of two runs that were made at different hours do not compare: the price of a step is that of its
+    hour. Their costs in *plain steps* do, since all kinds of step of a run are timed in turn: ``plain_step_seconds`` is
+    the run's own price of a step without any technique, and ``cost_in_plain_steps`` its reference seconds, charges
+    included, in that unit. The record also holds ``plain_step_flops``, which tell whether two runs have the same plain
+    step. A run without a plain step, whose techniques cannot say what one would be, has None there and the reason in
+    ``no_plain_step``. ``prices`` says whether kinds were timed by replay (``"replay"``) or whether some have the
+    medians of the run's own timings (``"run"``), which other work on the machine can distort. ``python -m
+    lit_scale.cost.compare`` sets the records of several runs side by side.
+
     The meter is made for few kinds of step, each met often. Batches padded to ever new lengths are new kinds, each
     counted and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations.
     While steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
