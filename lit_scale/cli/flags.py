@@ -30,7 +30,7 @@ from lit_scale.guards import (
 )
 from lit_scale.technique import Technique, snake_case, trained_with
 
-__all__ = ["FIRST", "Recipe", "RecipeCLI"]
+__all__ = ["FIRST", "Recipe", "RecipeCLI", "flag_group"]
 
 _LINKS = (
     ("seed_everything", "data.seed", "parse"),
@@ -42,6 +42,17 @@ _LINKS = (
 _REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning, where the data can tell
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
 FIRST = "first"  # the run that comes first: its folder, and what its flag says unless another checkpoint is given
+
+
+def flag_group(technique: type[Technique]) -> str:
+    """What a technique's flags begin with: the name that its class gives itself, or the class's own in snake case.
+
+    Example:
+        >>> flag_group(Technique)
+        'technique'
+    """
+    name: Any = technique.name  # of most classes a property
+    return name if isinstance(name, str) else snake_case(technique)
 
 
 @dataclass(frozen=True)
@@ -69,14 +80,14 @@ class Recipe:
     @property
     def side(self) -> str:
         """What the run that is no baseline is called, and its folder: its technique, or that it has several."""
-        return snake_case(self.techniques[0]) if len(self.techniques) == 1 else "all_in_one"
+        return flag_group(self.techniques[0]) if len(self.techniques) == 1 else "all_in_one"
 
 
 class RecipeCLI(LightningCLI):
     """LightningCLI without subcommands, for one model, one data module and one technique or several.
 
-    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*`` and each technique's own, named after its class in
-    snake case. What the data decides (seed, length, vocabulary) is linked to the model and is no flag of the model.
+    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*`` and each technique's own (:func:`flag_group`). What
+    the data decides (seed, length, vocabulary) is linked to the model and is no flag of the model.
     With ``--compare`` and no ``arm`` it only reads the flags.
 
     Args:
@@ -114,7 +125,7 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add each technique's group, the recipe's own flags, links and defaults."""
         for technique in self.recipe.techniques:
-            parser.add_class_arguments(technique, snake_case(technique))
+            parser.add_class_arguments(technique, flag_group(technique))
         what = "technique" if len(self.recipe.techniques) == 1 else "techniques"
         parser.add_argument("--baseline", action="store_true", help=f"the same run without the {what}")
         parser.add_argument("--compare", action="store_true", help="both runs, then a table side by side")
@@ -200,7 +211,7 @@ class RecipeCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         checkpoints, bar = Path(config.default_root_dir, "checkpoints"), Console().is_terminal
         command = [*self.recipe.command, *self.arguments]
-        techniques = [self._get(self.config_init, snake_case(technique)) for technique in self.recipe.techniques]
+        techniques = [self._get(self.config_init, flag_group(technique)) for technique in self.recipe.techniques]
         self.meter = CostMeter(
             recipe=self.recipe.name,
             technique=self.recipe.side,
