@@ -2,7 +2,7 @@
 
 python recipes/bert_token_dropping.py                               # the technique, on Python's own sources
 python recipes/bert_token_dropping.py --compare                     # and the same run without it, side by side
-python recipes/bert_token_dropping.py --token_dropping.drop random --token_dropping.keep null --token_dropping.before 1
+python recipes/bert_token_dropping.py --token_dropping.keep 0.5 --token_dropping.before 0.5     # as in the paper
 """
 
 from lit_scale.callbacks import TokenDropping
