@@ -1,4 +1,4 @@
-"""BERT with all that goes together: fewer blocks, in them fewer neurons and heads, and through them fewer tokens.
+"""BERT with three techniques at once: progressive stacking, token dropping and dynamic sparsity.
 
 python recipes/bert_all_in_one.py                        # the three techniques, on Python's own sources
 python recipes/bert_all_in_one.py --compare              # and the same run without them, side by side
