@@ -37,7 +37,7 @@ class BatchRamp(Technique):
         stages: (start, batch) pairs; starts ascend from 0 and stay below 1; batches ascend, each a multiple of the one
             before, in samples of all ranks (int), or as a fraction of the batch that the Trainer accumulates (float).
         scaling: How the learning rate of a stage relates to that of the last one: ``"sqrt"``, ``"linear"``, or
-            ``"none"`` as in Smith et al., where a larger batch stands for a smaller rate.
+            ``"none"`` as in Smith et al., where a larger batch replaces a smaller rate.
 
     Raises:
         ValueError: At construction or before the first step, if the stages do not ascend or divide.
@@ -81,14 +81,14 @@ class BatchRamp(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another hand on the accumulation."""
+        """Refuse another callback that sets the accumulation."""
         super().setup(trainer, pl_module, stage)
         if callbacks_of(trainer, GradientAccumulationScheduler):
             raise ValueError("BatchRamp and GradientAccumulationScheduler both set the accumulation; use one of them")
         self.windows, self._sizes = [], []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle when each stage begins, as far as that can be known."""
+        """Plan when each stage begins; under ``max_time`` that is decided step by step."""
         self._own = trainer.accumulate_grad_batches
         self._sizes = self._resolve(trainer)
         if _by_the_clock(trainer):
@@ -100,7 +100,7 @@ class BatchRamp(Technique):
             data = trainer.num_training_batches * epochs if epochs > 0 else math.inf
             if trainer.max_steps < 0 and data == math.inf:
                 raise ValueError(
-                    "BatchRamp: stages are fractions of a run whose length cannot be told; pass max_steps or max_time, "
+                    "BatchRamp: stages are fractions of a run whose length is unknown; pass max_steps or max_time, "
                     "or max_epochs with a loader that has a length"
                 )
             self.windows = plan_windows(self._starts, self._sizes, max_steps=trainer.max_steps, batches=data)
@@ -146,7 +146,7 @@ class BatchRamp(Technique):
                     )
                 sizes.append(round(size))
             elif each is None:
-                raise ValueError(f"stages={self.stages}: the loader does not tell its batch size; give fractions")
+                raise ValueError(f"stages={self.stages}: the loader has no batch_size; give fractions")
             else:
                 sizes.append(micro_batches(amount, each * trainer.world_size))
         for one, other in zip(sizes, sizes[1:], strict=False):

@@ -175,7 +175,7 @@ class DynamicSparsity(SparseWeights):
             return self.every
         steps = total_steps(trainer)
         if self.every is not None and steps is None:
-            raise ValueError(f"every={self.every}: the run's steps cannot be told ahead; give a number of steps")
+            raise ValueError(f"every={self.every}: the run's number of steps is unknown; give a number of steps")
         between = _EVERY if steps is None else max(1, round((self.every or _EVERY_OF_SHORT) * steps))
         return between if self.every is not None else min(_EVERY, between)
 

@@ -45,7 +45,7 @@ class ResolutionGrowing(SizeByStages):
     With :class:`~lit_scale.datamodules.ImageDataModule` images are resized before they are collated, so that moving and
     decoding shrink as well. Batches of any other data module are resized on the device, antialiased: every
     floating-point tensor of four axes (B, C, H, W). Validation is always at full size. The model must take any size:
-    timm's with ``dynamic_img_size=True``; Hugging Face's are told to interpolate their position embeddings.
+    timm's with ``dynamic_img_size=True``; Hugging Face's are run with interpolated position embeddings.
 
     Args:
         stages: (start, size) pairs; starts are fractions of the run, ascending from 0 and below 1; sizes ascend to full
@@ -116,7 +116,7 @@ class ResolutionGrowing(SizeByStages):
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn the patch, and whether the model takes other sizes."""
+        """Find the patch size, and check that the model takes other sizes."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -133,7 +133,7 @@ class ResolutionGrowing(SizeByStages):
                 self.undo_later(replace(part, "forward", functools.partial(_interpolated, part.forward)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that a batch can be had, and that the model takes it, before a step is made."""
+        """Check before the first step that the loader can grow batches and the model takes the smallest size."""
         super().on_train_start(trainer, pl_module)
         if self.grow_batch and self._loader is None:
             raise ValueError("grow_batch=True needs a loader that can be asked for more samples: ImageDataModule's")

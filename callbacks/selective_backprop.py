@@ -76,8 +76,8 @@ class SelectiveBackprop(SampleChoice):
         if interrupt < 0 or interrupt == 1:
             raise ValueError(f"interrupt={interrupt}: use 0 to choose from all batches, or at least 2")
         self.start, self.end, self.keep, self.interrupt, self.seed = start, end, keep, interrupt, seed
-        self._due = False  # at this optimizer step
-        self._chooses = False  # of the batch at work
+        self._due = False  # in this optimizer step
+        self._chooses = False  # from the current batch
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""

@@ -77,7 +77,7 @@ def _fraction(trainer: Trainer, step: int) -> float:
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run, as far as ``max_steps`` and ``max_epochs`` tell; None where neither does.
+    """Optimizer steps of the whole run, from ``max_steps`` and ``max_epochs``; None where neither limits it.
 
     Args:
         trainer: A Trainer whose loaders exist.

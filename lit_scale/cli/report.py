@@ -120,9 +120,9 @@ def _change(fraction: float) -> str:
 
 
 def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The baseline's record with the prices of the technique's run, for the kinds of step that both runs made.
+    """The baseline's record with the prices of the technique's run, for the step kinds that both runs made.
 
-    Within one run, the kinds of step are timed in turn. Two runs are timed at different times, when the machine may be
+    Within one run, the step kinds are timed in turn. Two runs are timed at different times, when the machine may be
     more or less busy.
     """
 

@@ -95,7 +95,7 @@ class Ledger:
         return step + (statistics.median(waits) if waits else 0.0)
 
     def price(self, counts: Mapping[Key, int], phase: str = "train") -> dict[str, Any]:
-        """Sums over the kinds of step of one phase; overheads not included."""
+        """Sums over the step kinds of one phase; overheads not included."""
         ranks = 1 + len(self._others)
         own = [(key, dict(key), n) for key, n in counts.items() if dict(key)["phase"] == phase]
         return {
@@ -195,7 +195,7 @@ class Ledger:
         }
 
     def record(self) -> dict[str, Any]:
-        """Totals, curve, stages, kinds of step and charges, priced."""
+        """Totals, curve, stages, step kinds and charges, priced."""
         curve, charges = [], self.charges
         for index, point in enumerate(self.curve):
             cost = _with_charges(self.price(self._all_ranks(dict(point["counts"]), "curve", index)), point["charged"])

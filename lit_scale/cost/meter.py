@@ -1,6 +1,6 @@
 """The clock: what a run costs in FLOPs and in reference seconds, whatever the machine did meanwhile.
 
-    reference seconds = sum over kinds of step (count x calibrated median seconds) + charged overheads
+    reference seconds = sum over step kinds (count x calibrated median seconds) + charged overheads
 
 Steps are told apart by their *kind*: batch sizes, tokens, and whatever the techniques say decides the cost (active
 blocks, frozen blocks...). FLOPs of a kind are counted once, by torch's FlopCounterMode. Its seconds are measured when
@@ -38,8 +38,8 @@ from lit_scale.trainers import callbacks_of
 
 __all__ = ["CostMeter", "charge", "charge_run", "resident_peak"]
 
-_SAMPLES = 32  # in-run timings kept per kind of step; after that a step costs a dictionary look-up
-_REPLAYED = 32  # kinds of step that are replayed, the most frequent ones; the others keep their in-run medians
+_SAMPLES = 32  # in-run timings kept per step kind; after that a step costs a dictionary look-up
+_REPLAYED = 32  # step kinds that are replayed, the most frequent ones; the others keep their in-run medians
 
 
 class CostMeter(Callback):
@@ -55,7 +55,7 @@ class CostMeter(Callback):
     counts of rank 0.
 
     Reference seconds of two runs that were made at different hours do not compare: the price of a step is that of its
-    hour. Their costs in *plain steps* do, since all kinds of step of a run are timed in turn: ``plain_step_seconds`` is
+    hour. Their costs in *plain steps* do, since all step kinds of a run are timed in turn: ``plain_step_seconds`` is
     the run's own price of a step without any technique, and ``cost_in_plain_steps`` its reference seconds, charges
     included, in that unit. The record also holds ``plain_step_flops``, which tell whether two runs have the same plain
     step. A run without a plain step, whose techniques cannot say what one would be, has None there and the reason in
@@ -63,7 +63,7 @@ class CostMeter(Callback):
     medians of the run's own timings (``"run"``), which other work on the machine can distort. ``python -m
     lit_scale.cost.compare`` sets the records of several runs side by side.
 
-    The meter is made for few kinds of step, each met often. Batches padded to ever new lengths are new kinds, each
+    The meter is made for few step kinds, each met often. Batches padded to ever new lengths are new kinds, each
     counted and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations.
     While steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
 
@@ -71,12 +71,12 @@ class CostMeter(Callback):
         recipe: Name of the recipe, for the record.
         technique: Name of the technique, for the record; what techniques log as ``their_name/...`` is left out of it.
         baseline: Whether this run is the one without the technique.
-        repeats: Timed rounds over all kinds of step; 0 keeps the in-run medians.
+        repeats: Timed rounds over all step kinds; 0 keeps the in-run medians.
         filename: Name of the result file inside ``trainer.default_root_dir``.
         extra: More entries for the record, e.g. the command.
 
     Raises:
-        ValueError: If ``repeats`` is negative, or a technique stands behind the meter in ``callbacks``.
+        ValueError: If ``repeats`` is negative, or a technique follows the meter in ``callbacks``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -107,7 +107,7 @@ class CostMeter(Callback):
         self._state = 0  # bytes of optimizer state
         self._batches: dict[str, Any] = {}  # one for each shape of batch, for the replay
         self._replaying = False
-        # the step at work
+        # the current step
         self._current: Key | None = None
         self._counting: ExitStack | None = None
         self._timed = False
@@ -115,7 +115,7 @@ class CostMeter(Callback):
         self._aside = 0.0  # seconds charged since then: neither the step's nor its wait
         self._compiles = 0
 
-    # -- kinds of step -------------------------------------------------------------------------------------------------
+    # -- step kinds ---------------------------------------------------------------------------------------------------
 
     def samples_and_tokens(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens of a batch; override for batches whose first tensor is neither ids nor samples.
@@ -261,7 +261,7 @@ class CostMeter(Callback):
         return self.ledger.totals()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks, price the kinds of step by replay, write the record."""
+        """Stop the clocks, price the step kinds by replay, write the record."""
         self._spent, self._begun = self._elapsed(), {}
         self._peak = max(self._peak, _peak_memory())
         self._state = state_bytes(trainer.optimizers)
@@ -401,7 +401,7 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
 
 
 def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bool:
-    """Charge an earlier run, on which this one stands, to the run's CostMeter: seconds and FLOPs, on all clocks.
+    """Charge an earlier run, which this one builds on, to the run's CostMeter: seconds and FLOPs, on all clocks.
 
     Args:
         trainer: The Trainer, once its CostMeter's state is that of the run it goes on with.
@@ -410,7 +410,7 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
             the first.
 
     Returns:
-        Whether the checkpoint tells what its run has cost, in a form that this version writes.
+        Whether the checkpoint holds the cost of its run, in the format of this version.
     """
     state = checkpoint.get("callbacks", {}).get(CostMeter.__qualname__)
     if state is None or not Ledger.reads(state):
@@ -426,12 +426,12 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
 
 
 def _named(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """A technique's part of a kind of step, told apart from the others': ``token_dropping/kept``."""
+    """A technique's part of a step kind, under its name: ``token_dropping/kept``."""
     return {f"{technique.name}/{name}": value for name, value in kind.items()}
 
 
 def _own(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a kind of step is the technique's, as it said it."""
+    """What of a step kind is the technique's, as it said it."""
     prefix = f"{technique.name}/"
     return {name.removeprefix(prefix): value for name, value in kind.items() if name.startswith(prefix)}
 

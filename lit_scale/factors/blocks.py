@@ -181,7 +181,7 @@ class BlockStack:
         """Copy to all parameters and buffers of a block those of another.
 
         Returns:
-            The pairs (source, target) of parameters, for whoever keeps more state per parameter.
+            The pairs (source, target) of parameters, for those who keep more state per parameter.
         """
         one, other = self.blocks[source], self.blocks[target]
         buffers = dict(one.named_buffers())

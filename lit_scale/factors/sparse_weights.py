@@ -237,7 +237,7 @@ class SparseWeights(Technique):
         for part, count in zip(self.parts, self._counts(self.parts), strict=True):
             first = highest_cells(self.first_scores(part), count, in_fours=self.granularity == "2:4")
             part.active = goes_on.get(part.name, first)
-            if isinstance(part, Cells):  # from setup on, so that whoever listens to gradients later hears these
+            if isinstance(part, Cells):  # in setup, so that hooks registered later get the masked gradient
                 self.undo_later(part.parameter.register_hook(partial(self._sparse, part.parameter)).remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -290,7 +290,7 @@ class Cells:
 
     @property
     def key(self) -> nn.Parameter:
-        """The parameter by which copies between blocks are told."""
+        """The parameter that identifies the cells when blocks are copied."""
         return self.parameter
 
     def magnitude(self) -> Tensor:
