@@ -9,7 +9,6 @@ It needs neither labels nor token ids, so it serves causal networks and images t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -101,10 +100,9 @@ class RandomLTD(TokenChoice):
         names = ("keep", "before", "after", "until", "stages", "prefix", "seed", "blocks")
         return {name: getattr(self, name) for name in names}
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See how many tokens lead the sequence."""
         self._prefix = _leading_tokens(pl_module) if self.prefix is None else self.prefix
-        return []
 
     def share(self, done: float) -> float:
         """The share of the stage."""

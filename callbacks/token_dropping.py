@@ -113,7 +113,7 @@ class TokenDropping(TokenChoice):
 
     # -- the running losses -------------------------------------------------------------------------------------------
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the vocabulary and its special tokens, and listen to the losses that the training step asks for."""
         sizes = [part.num_embeddings for part in pl_module.modules() if isinstance(part, nn.Embedding)]
         name = type(pl_module).__name__
@@ -146,7 +146,7 @@ class TokenDropping(TokenChoice):
             self._noted = None
             return output
 
-        return [wrap(pl_module, "training_step", training_step), wrap(pl_module, "per_token_loss", self._note)]
+        self.undo_later(wrap(pl_module, "training_step", training_step), wrap(pl_module, "per_token_loss", self._note))
 
     def _note(self, method: Callable[..., Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Note the losses of the tokens that a training step asks its module for."""
@@ -166,7 +166,6 @@ class TokenDropping(TokenChoice):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the running losses of the checkpoint, if there is one."""
-        super().on_train_start(trainer, pl_module)
         table = torch.full((self._size,), _UNSEEN) if self._loaded is None else self._loaded
         self._table = table.to(pl_module.device)
         self._bonus = torch.zeros_like(self._table)

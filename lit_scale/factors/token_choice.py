@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_scale.factors.blocks import BlockStack, find_blocks
@@ -21,6 +21,7 @@ from lit_scale.factors.tokens import TokenSpan, late_span, mark_late, release_to
 from lit_scale.progress import progress
 from lit_scale.schedules import number_or_share
 from lit_scale.technique import Technique, averages, trained_with
+from lit_scale.trainers import callbacks_of
 from lit_scale.wrapping import wrap
 
 __all__ = ["Count", "TokenChoice", "check_share"]
@@ -70,8 +71,6 @@ class TokenChoice(Technique):
                 raise ValueError(f"{name}={count!r} is neither a number of blocks nor a fraction of them in [0, 1)")
         self.spans: list[TokenSpan] = []
         self._spanned: tuple[int, ...] = ()  # active blocks that the spans were laid over
-        self._decided_at = -1
-        self._unwrap: list[Callable[[], None]] = []  # give the module's methods back
         self._stack: BlockStack
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
@@ -99,9 +98,8 @@ class TokenChoice(Technique):
             )
         return kept
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
-        """Refuse a module that cannot be trained so; return what gives back those of its methods that were wrapped."""
-        return []
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module that cannot be trained so, and prepare to train any other."""
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -111,8 +109,8 @@ class TokenChoice(Technique):
         self._stack = find_blocks(pl_module, self.blocks)
         self._check(trainer, span := self._range(len(self._stack)))
         if stage == "fit":
-            self._unwrap += self.attach(trainer, pl_module)
-            self._unwrap.append(wrap(pl_module, "on_load_checkpoint", _check_former))  # Lightning asks the module first
+            self.attach(trainer, pl_module)
+            self.undo_later(wrap(pl_module, "on_load_checkpoint", _check_former))  # Lightning asks the module first
         release_tokens(self._stack)
         self._spanned = ()
         steps = ["training_step"] if stage == "fit" else []
@@ -139,39 +137,15 @@ class TokenChoice(Technique):
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a plain model behind, unless the span lasts."""
         self._forget()
-        for unwrap in self._unwrap:
-            unwrap()
-        self._unwrap = []
+        super().detach(trainer, pl_module)
         if not self.lasting and hasattr(self, "_stack"):
             release_tokens(self._stack)
             self.spans = []
             self._stack.release()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, now that a checkpoint has been read and the device is known."""
-        self._decided_at = -1
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide, once per optimizer step; then log, at steps whose logs are written."""
-        step = trainer.global_step
-        if step != self._decided_at:
-            self._decided_at = step
-            self.decide(trainer, pl_module)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (step + 1) % every == 0 and (values := self.logged(trainer)):
-            pl_module.log_dict({f"{self.name}/{entry}": value for entry, value in values.items()})
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Whatever runs between two batches uses all tokens."""
         self._forget()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach, since Lightning calls no ``teardown`` after an exception."""
-        self.detach(trainer, pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach."""
-        self.detach(trainer, pl_module)
 
     # -- the spans ----------------------------------------------------------------------------------------------------
 
@@ -195,7 +169,7 @@ class TokenChoice(Technique):
                 f"masked positions of this model pass blocks {late} by; with {name} and blocks {span} it would be "
                 "another; use MaskLater as it was trained, or call lit_scale.factors.tokens.release_tokens first"
             )
-        if any(getattr(other, "freeze_old", False) for other in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(getattr(other, "freeze_old", False) for other in callbacks_of(trainer, Callback)):
             raise ValueError(
                 f"{name} does not go with freeze_old=True: gradients of dropped tokens would pass the frozen blocks "
                 "by; use one of them"
@@ -228,7 +202,7 @@ class TokenChoice(Technique):
                 if name in _EVALUATION:  # elsewhere a backward pass may follow, which may recompute blocks
                     self._forget()
 
-        self._unwrap.append(wrap(pl_module, name, step))
+        self.undo_later(wrap(pl_module, name, step))
 
     def _forget(self) -> None:
         """Let all tokens through until the next choice."""
