@@ -9,7 +9,7 @@ It needs neither labels nor token ids, so it serves causal networks and images t
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -72,7 +72,6 @@ class RandomLTD(TokenChoice):
         >>> trainer = Trainer(max_steps=1_000, callbacks=[RandomLTD(keep=0.25)], logger=False)
     """
 
-    name: ClassVar[str] = "random_ltd"  # where snake case would take the letters apart
     block_by_block = True
 
     def __init__(

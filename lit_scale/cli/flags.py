@@ -30,7 +30,7 @@ from lit_scale.guards import (
 )
 from lit_scale.technique import Technique, snake_case, trained_with
 
-__all__ = ["FIRST", "Recipe", "RecipeCLI", "flag_group"]
+__all__ = ["FIRST", "Recipe", "RecipeCLI"]
 
 _LINKS = (
     ("seed_everything", "data.seed", "parse"),
@@ -42,17 +42,6 @@ _LINKS = (
 _REFERENCES = ("unigram_entropy", "chance_accuracy")  # baselines without learning, if the data module has them
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
 FIRST = "first"  # folder of the preliminary run, and the default of the flag for its checkpoint
-
-
-def flag_group(technique: type[Technique]) -> str:
-    """What a technique's flags begin with: the name that its class gives itself, or the class's own in snake case.
-
-    Example:
-        >>> flag_group(Technique)
-        'technique'
-    """
-    name: Any = technique.name  # of most classes a property
-    return name if isinstance(name, str) else snake_case(technique)
 
 
 @dataclass(frozen=True)
@@ -85,13 +74,14 @@ class Recipe:
     @property
     def side(self) -> str:
         """Name of the run with techniques, and of its folder: the technique's name, or ``all_in_one`` for several."""
-        return flag_group(self.techniques[0]) if len(self.techniques) == 1 else "all_in_one"
+        return snake_case(self.techniques[0]) if len(self.techniques) == 1 else "all_in_one"
 
 
 class RecipeCLI(LightningCLI):
     """LightningCLI without subcommands, for one model, one data module, and one or more techniques.
 
-    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*``, and one group per technique (:func:`flag_group`).
+    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*``, and one group per technique, named after its
+    class in snake case.
     Arguments of the model that follow from the data (length, vocabulary, image size, classes) are linked to the data
     and are not flags; so is the data's seed to ``--seed_everything``. With ``--compare`` and without ``arm`` it only
     reads the flags.
@@ -131,7 +121,7 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add each technique's group, the recipe's own flags, links and defaults."""
         for technique in self.recipe.techniques:
-            parser.add_class_arguments(technique, flag_group(technique))
+            parser.add_class_arguments(technique, snake_case(technique))
         what = "technique" if len(self.recipe.techniques) == 1 else "techniques"
         parser.add_argument("--baseline", action="store_true", help=f"the same run without the {what}")
         parser.add_argument("--compare", action="store_true", help="both runs, then a table side by side")
@@ -217,7 +207,7 @@ class RecipeCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         checkpoints, bar = Path(config.default_root_dir, "checkpoints"), Console().is_terminal
         command = [*self.recipe.command, *self.arguments]
-        techniques = [self._get(self.config_init, flag_group(technique)) for technique in self.recipe.techniques]
+        techniques = [self._get(self.config_init, snake_case(technique)) for technique in self.recipe.techniques]
         self.meter = CostMeter(
             recipe=self.recipe.name,
             technique=self.recipe.side,

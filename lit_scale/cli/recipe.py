@@ -16,11 +16,11 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
 from lit_scale.cli.console import fail, quiet, rank, say
-from lit_scale.cli.flags import FIRST, Recipe, RecipeCLI, flag_group
+from lit_scale.cli.flags import FIRST, Recipe, RecipeCLI
 from lit_scale.cli.folder import LAST, is_inside
 from lit_scale.cli.report import comparison_table, plot_curves, priced_alike, saving_line, stage_table
 from lit_scale.cost import write_json
-from lit_scale.technique import Technique
+from lit_scale.technique import Technique, snake_case
 
 __all__ = ["Recipe", "run_recipe"]
 
@@ -62,7 +62,7 @@ def run_recipe(
     caller = sys._getframe(1)
     file = caller.f_code.co_filename
     techniques = (technique,) if isinstance(technique, type) else tuple(technique)
-    name = name or (flag_group(techniques[0]) if file.startswith("<") else Path(file).stem)
+    name = name or (snake_case(techniques[0]) if file.startswith("<") else Path(file).stem)
     script = sys.argv[0] if args is None else file
     given = list(sys.argv[1:] if args is None else args)
     with quiet():
