@@ -33,9 +33,9 @@ from lit_scale.callbacks import (
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.technique import Technique
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
-from tests.image_models import Timm, pictures, tiny_mae
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, pictures, sized_loader
+from tests.support.networks import Timm, build, image_model, tiny_mae
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -11,7 +11,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lit_scale.callbacks import BatchRamp
 from lit_scale.cost import CostMeter
 from lit_scale.guards import SafeCheckpointIO, StepSeed
-from tests.foreign_models import StepTimer, build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import build
+from tests.support.training import StepTimer, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

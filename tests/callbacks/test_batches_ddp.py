@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from lit_scale.callbacks import BatchRamp, EightBitOptimizer, GradientNoiseScale, LargeBatch
 from lit_scale.guards import StepSeed
-from tests.foreign_models import OPTIMIZERS, build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import OPTIMIZERS, build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

@@ -18,18 +18,9 @@ from lit_scale.factors.units import UnitGroup
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
 from lit_scale.technique import averages
-from tests.foreign_models import (
-    DEPTH,
-    LENGTH,
-    OPTIMIZERS,
-    WIDTH,
-    build,
-    loader,
-    quiet_trainer,
-    save_every_step,
-    slots,
-    tiny_bert,
-)
+from tests.support.data import LENGTH, loader
+from tests.support.networks import DEPTH, OPTIMIZERS, WIDTH, build, slots, tiny_bert
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -22,8 +22,9 @@ from lit_scale.callbacks.gradient_noise_scale import signal_and_noise
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.guards import SafeCheckpointIO, StepSeed
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, sized_loader
+from tests.support.networks import build, image_model
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -25,8 +25,9 @@ from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
 from lit_scale.factors.scores import output_gradients
 from lit_scale.guards import StepSeed
-from tests.foreign_models import FOREIGN, OPTIMIZERS, build, loader, quiet_trainer, save_every_step, tiny_bert
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, sized_loader
+from tests.support.networks import FOREIGN, OPTIMIZERS, build, image_model, tiny_bert
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -415,7 +416,7 @@ def test_a_batch_too_small_for_the_gate_ever_to_open_is_told(count: int, warned:
 @pytest.mark.parametrize("choosing", [ALWAYS, NEVER], ids=["opens", "never opens"])
 def test_a_step_that_goes_around_its_losses_is_refused(choosing: dict[str, Any], tmp_path: Path) -> None:
     """With the first batch, whose gate is closed."""
-    from tests.foreign_models import PlainTorch
+    from tests.support.networks import PlainTorch
 
     class Around(PlainTorch):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

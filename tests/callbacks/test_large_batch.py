@@ -12,7 +12,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LRScheduler, O
 from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
 from lit_scale.cost import CostMeter
 from lit_scale.guards import SafeCheckpointIO, StepSeed
-from tests.foreign_models import OPTIMIZERS, build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import OPTIMIZERS, build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -77,7 +79,7 @@ def test_the_rate_asked_for_is_the_largest_that_is_used(kind: Any, schedule: str
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:  # behind the scaling
             trainer.optimizers[0].register_step_pre_hook(lambda its, *_: rates.append(its.param_groups[0]["lr"]))
 
-    from tests.foreign_models import PlainTorch
+    from tests.support.networks import PlainTorch
 
     class Scheduled(PlainTorch):
         def configure_optimizers(self) -> Any:

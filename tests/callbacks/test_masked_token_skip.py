@@ -11,8 +11,9 @@ from lit_scale.callbacks import MaskedTokenSkip, PatchDropping, ProgressiveStack
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import MaskedAutoencoder
-from tests.foreign_models import WIDTH, build, quiet_trainer, save_every_step
-from tests.image_models import PATCHES, pictures, tiny_mae, viewer
+from tests.support.data import PATCHES, pictures
+from tests.support.networks import WIDTH, build, tiny_mae, viewer
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -17,8 +17,9 @@ from lit_scale.callbacks import PatchDropping, ProgressiveStacking
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import ViTClassifier
-from tests.foreign_models import DEPTH, WIDTH, all_blocks, build, loader, quiet_trainer, save_every_step
-from tests.image_models import PATCHES, VIEWERS, Viewer, pictures, viewer
+from tests.support.data import PATCHES, loader, pictures
+from tests.support.networks import DEPTH, VIEWERS, WIDTH, Viewer, all_blocks, build, viewer
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

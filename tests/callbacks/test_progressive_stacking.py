@@ -22,18 +22,9 @@ from lit_scale.callbacks.progressive_stacking import blocks_at_depth, growth_map
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import (
-    DEPTH,
-    FOREIGN,
-    OPTIMIZERS,
-    Recorder,
-    StepTimer,
-    all_blocks,
-    build,
-    loader,
-    quiet_trainer,
-    save_every_step,
-)
+from tests.support.data import loader
+from tests.support.networks import DEPTH, FOREIGN, OPTIMIZERS, all_blocks, build
+from tests.support.training import Recorder, StepTimer, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

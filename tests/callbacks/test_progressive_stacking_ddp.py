@@ -19,7 +19,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.guards import StepSeed
-from tests.foreign_models import OPTIMIZERS, Recorder, StepTimer, build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import OPTIMIZERS, build
+from tests.support.training import Recorder, StepTimer, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

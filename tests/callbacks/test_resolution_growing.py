@@ -12,8 +12,9 @@ from lit_scale.callbacks import ResolutionGrowing
 from lit_scale.callbacks.resolution_growing import patch_size, resize
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
-from tests.foreign_models import StepTimer, build, loader, quiet_trainer, save_every_step
-from tests.sized_models import IMAGES, SIDE, full_loader, image_model, sized_loader, val_loader
+from tests.support.data import FULL_SIDE, full_loader, loader, sized_loader, val_loader
+from tests.support.networks import ANY_SIZE, build, image_model
+from tests.support.training import StepTimer, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -75,14 +76,14 @@ def test_resizing_is_that_of_pillow() -> None:
     assert (resize(image, 20)[0] - expected).abs().max() <= 1.0
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", ANY_SIZE)
 @pytest.mark.parametrize("make", [sized_loader, full_loader])
 def test_any_network_sees_the_sizes_of_its_stages_and_is_validated_at_full_size(
     name: str, make: Callable[[], Any], tmp_path: Path
 ) -> None:
     found = fit(name, tmp_path, make())
     assert found["watch"].sizes == SIZES
-    assert set(found["watch"].validated) == {SIDE}
+    assert set(found["watch"].validated) == {FULL_SIDE}
     assert "batch_to_device" not in found["trainer"].strategy.__dict__
     assert not [part for part in found["module"].modules() if "forward" in part.__dict__]
 
@@ -265,5 +266,5 @@ def test_models_that_cannot_take_other_sizes_are_refused(tmp_path: Path) -> None
 
 
 def test_patches_are_found() -> None:
-    assert [patch_size(image_model(name)) for name in IMAGES] == [4, 4, 4]
+    assert [patch_size(image_model(name)) for name in ANY_SIZE] == [4, 4, 4]
     assert patch_size(torch.nn.Conv2d(3, 8, 3, padding=1)) is None

@@ -12,8 +12,9 @@ from lit_scale.callbacks.rho_loss import top_reducible
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import PlainTorch, build, loader, quiet_trainer, save_every_step, tiny_bert
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, sized_loader
+from tests.support.networks import PlainTorch, build, image_model, tiny_bert
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -17,8 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_scale.batches import count_samples
 from lit_scale.callbacks import ImportanceSampling, RhoLoss, SelectiveBackprop
 from lit_scale.guards import StepSeed
-from tests.foreign_models import OPTIMIZERS, quiet_trainer, save_every_step
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import sized_loader
+from tests.support.networks import OPTIMIZERS, image_model
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

@@ -13,7 +13,9 @@ from lit_scale.callbacks import SelectiveBackprop
 from lit_scale.callbacks.selective_backprop import select_by_percentile
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

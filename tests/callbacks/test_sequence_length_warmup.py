@@ -11,7 +11,9 @@ from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import LENGTH, build, loader, quiet_trainer, save_every_step
+from tests.support.data import LENGTH, loader
+from tests.support.networks import build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -16,8 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_scale.callbacks import ResolutionGrowing, SequenceLengthWarmup
 from lit_scale.guards import StepSeed
-from tests.foreign_models import OPTIMIZERS, StepTimer, build, loader, quiet_trainer, save_every_step
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, sized_loader
+from tests.support.networks import OPTIMIZERS, build, image_model
+from tests.support.training import StepTimer, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

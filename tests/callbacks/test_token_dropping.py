@@ -20,17 +20,9 @@ from lit_scale.factors.token_choice import running_loss
 from lit_scale.factors.tokens import release_tokens
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import (
-    LENGTH,
-    VOCABULARY,
-    HFBert,
-    TorchEncoder,
-    all_blocks,
-    build,
-    loader,
-    quiet_trainer,
-    save_every_step,
-)
+from tests.support.data import LENGTH, VOCABULARY, loader
+from tests.support.networks import HFBert, TorchEncoder, all_blocks, build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lit_scale.factors.eight_bit import EIGHT_BIT
 from lit_scale.factors.optimizers import create_optimizer, replace_optimizers, scale_rates, transfer_state
-from tests.foreign_models import FOREIGN, OPTIMIZERS, MakeOptimizer, PlainTorch, build, loader
+from tests.support.data import loader
+from tests.support.networks import FOREIGN, OPTIMIZERS, MakeOptimizer, PlainTorch, build
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.datamodules import TextDataModule
 from lit_scale.models import GPT
-from tests.foreign_models import quiet_trainer
+from tests.support.training import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec", "ignore:.*batch_size"

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lit_scale.models import MaskedAutoencoder
 from lit_scale.models.mae import patches_of
-from tests.foreign_models import quiet_trainer
+from tests.support.training import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec"
