@@ -111,8 +111,8 @@ class SizedImages(Images):
         return sample
 
 
-def sized_loader(batch_size: int = 4, **options: Any) -> ResumableLoader:
-    return ResumableLoader(SizedImages(), batch_size, shuffle=True, drop_last=True, **options)
+def sized_loader(batch_size: int = 4, *, size: int = 48, **options: Any) -> ResumableLoader:
+    return ResumableLoader(SizedImages(size), batch_size, shuffle=True, drop_last=True, **options)
 
 
 def full_loader(batch_size: int = 4) -> ResumableLoader:

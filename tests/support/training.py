@@ -5,6 +5,7 @@ one of them. `left` is all that a run leaves, to be compared with `tests.support
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def left(trainer: Trainer) -> dict[str, Any]:
         "metrics": dict(trainer.callback_metrics),
     }
     return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, found)
+
+
+@dataclass
+class Ran:
+    """A run that has ended: its Trainer and module, what was seen on the way, and all that it left."""
+
+    trainer: Trainer
+    module: Any
+    watch: "Watch"
+    left: dict[str, Any]
+
+
+def run(module: Any, data: Any, root: Path, *callbacks: Callback, watch: "Watch | None" = None, **options: Any) -> Ran:
+    """`fit`, with a witness in front of the callbacks."""
+    watch = watch or Watch()
+    trainer = fit(module, data, root, watch, *callbacks, **options)
+    return Ran(trainer, module, watch, left(trainer))
 
 
 def gap_between_ranks(module: LightningModule) -> float:
