@@ -9,7 +9,9 @@ from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_scale.progress import progress, progress_after
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

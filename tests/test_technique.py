@@ -22,7 +22,9 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
 from lit_scale.technique import Technique, check_techniques, techniques
 from lit_scale.trainers import callbacks_of
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

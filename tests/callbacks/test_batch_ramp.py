@@ -1,6 +1,7 @@
 """Ramps against accumulation by hand, against the uninterrupted run, and what they refuse."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +9,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lit_scale.callbacks import BatchRamp
+from lit_scale.callbacks import BatchRamp, EightBitOptimizer, LargeBatch, SequenceLengthWarmup
 from lit_scale.cost import CostMeter
 from lit_scale.guards import SafeCheckpointIO, StepSeed
-from tests.foreign_models import StepTimer, build, loader, quiet_trainer, save_every_step
+from lit_scale.technique import Technique
+from tests.support.cases import CASES
+from tests.support.data import loader
+from tests.support.equality import assert_same
+from tests.support.networks import build
+from tests.support.training import StepTimer, fit, left, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -32,15 +38,22 @@ class Steps(Callback):
             self._batches = 0
 
 
-def fit(
-    root: Path, ramp: BatchRamp, *also: Callback, name: str = "bert", **options: Any
+def ramped(
+    root: Path,
+    ramp: BatchRamp,
+    *also: Callback,
+    name: str = "bert",
+    resume: Path | None = None,
+    size: int = 32,
+    momentum: bool = False,
+    **options: Any,
 ) -> tuple[Any, Trainer, list[int]]:
-    seed, size = (1 if options.get("resume") else 0), options.pop("size", 32)
-    module, steps, resume = build(name, seed=seed), Steps(), options.pop("resume", None)
-    if options.pop("momentum", False):
+    """The module, its Trainer, and the micro-batches that each step took."""
+    module, steps = build(name, seed=1 if resume else 0), Steps()
+    if momentum:
         module.optimizer = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
-    trainer = quiet_trainer(root, callbacks=[StepSeed(), *also, ramp, steps], plugins=[SafeCheckpointIO()], **options)
-    trainer.fit(module, loader(name, size=size), ckpt_path=resume)
+    parts, plugins = [*also, ramp, steps], [SafeCheckpointIO()]
+    trainer = fit(module, loader(name, size=size), root, *parts, resume=resume, plugins=plugins, **options)
     return module, trainer, steps.taken
 
 
@@ -58,7 +71,7 @@ def test_stages_begin_at_their_share_of_steps_or_of_data(
     limits: dict[str, int], windows: list[tuple[int, int]], taken: list[int], tmp_path: Path
 ) -> None:
     ramp = BatchRamp(STAGES)
-    _, trainer, found = fit(tmp_path, ramp, **limits)
+    _, trainer, found = ramped(tmp_path, ramp, **limits)
     assert ramp.windows == windows
     assert found == taken
     assert trainer.accumulate_grad_batches == 1  # a plain Trainer again
@@ -66,7 +79,9 @@ def test_stages_begin_at_their_share_of_steps_or_of_data(
 
 @pytest.mark.parametrize("scaling", ["none", "sqrt", "linear"])
 def test_a_ramp_is_accumulation_by_hand(scaling: Any, tmp_path: Path) -> None:
-    module, _, taken = fit(tmp_path, BatchRamp(STAGES, scaling=scaling), name="plain_torch", momentum=True, max_steps=8)
+    module, _, taken = ramped(
+        tmp_path, BatchRamp(STAGES, scaling=scaling), name="plain_torch", momentum=True, max_steps=8
+    )
     expected = build("plain_torch")
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
@@ -78,7 +93,7 @@ def test_a_ramp_is_accumulation_by_hand(scaling: Any, tmp_path: Path) -> None:
         optimizer.zero_grad()
         for _ in range(size):
             count += 1
-            trainer = type("T", (), {"global_rank": 0, "strategy": type("S", (), {"root_device": torch.device("cpu")})})
+            trainer: Any = SimpleNamespace(global_rank=0, strategy=SimpleNamespace(root_device=torch.device("cpu")))
             seed._set(trainer, str(count - 1))
             (expected.per_sample_loss(next(source)).mean() / size).backward()
         (group,) = optimizer.param_groups
@@ -96,23 +111,48 @@ def test_a_resumed_run_is_the_uninterrupted_one_from_any_step(options: dict[str,
     options = dict(options)
     clock = [StepTimer()] if options.pop("timed", False) else []
 
-    def run(*also: Callback, **more: Any) -> tuple[list[torch.Tensor], list[int]]:
-        module, trainer, taken = fit(tmp_path, BatchRamp(STAGES, scaling="sqrt"), *clock, *also, **options, **more)
-        states = trainer.optimizers[0].state_dict()["state"].values()
-        return [*module.state_dict().values(), *(v for state in states for v in state.values())], taken
+    def run(*also: Callback, resume: Path | None = None) -> tuple[Any, list[int]]:
+        ramp = BatchRamp(STAGES, scaling="sqrt")
+        _, trainer, taken = ramped(tmp_path, ramp, *clock, *also, resume=resume, **options)
+        return left(trainer), taken
 
-    whole, taken = run(save_every_step(tmp_path / "saved"), enable_checkpointing=True)
+    whole, taken = run(save_every_step(tmp_path / "saved"))
     assert set(taken) == {1, 2, 4}
     for stop in range(1, 8):
         rest, again = run(resume=tmp_path / "saved" / f"step={stop}.ckpt")
         assert again == taken[stop:]
-        assert all(map(torch.equal, whole, rest)), stop
+        assert_same(whole, rest, f"resumed at step {stop}")
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("hf_gpt2", [SequenceLengthWarmup]), ("bert", [EightBitOptimizer]), ("bert", [LargeBatch, EightBitOptimizer])],
+    ids=["lengths", "8 bits", "large batches and 8 bits"],
+)
+def test_it_goes_along_with_others_that_change_what_a_step_is(
+    name: str, others: list[type[Technique]], tmp_path: Path
+) -> None:
+    """They see the progress of a run whose steps change, and the ramp that of a run whose batch is multiplied."""
+
+    def run(*also: Callback, resume: Path | None = None) -> Any:
+        module = build(name, seed=1 if resume else 0, width=64)
+        ramp = BatchRamp([(0.0, 4), (0.3, 8)])
+        techniques = [CASES[other.__name__].make() for other in others]
+        trainer = fit(module, loader(name), tmp_path, *techniques, ramp, *also, resume=resume, max_epochs=2)
+        assert ramp.windows == [(0, 1), (6, 2)]  # due after 4.8 of 16 batches, begun where two of them make a step
+        assert trainer.global_step == 11
+        assert trainer.accumulate_grad_batches == 1
+        return left(trainer)
+
+    whole = run(save_every_step(tmp_path / "saved"))
+    for stop in (3, 6, 8):
+        assert_same(whole, run(resume=tmp_path / "saved" / f"step={stop}.ckpt"), f"resumed at step {stop}")
 
 
 def test_fractions_are_of_the_trainers_own_batch_and_the_clock_tells_the_stages(tmp_path: Path) -> None:
     ramp, meter = BatchRamp([(0.0, 0.25), (0.5, 1.0)]), CostMeter(repeats=1)
-    trainer = quiet_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=4, callbacks=[StepSeed(), ramp, meter])
-    trainer.fit(build("bert"), loader("bert"))
+    options = {"max_epochs": 2, "accumulate_grad_batches": 4}
+    trainer = fit(build("bert"), loader("bert"), tmp_path, ramp, meter, **options)
     record = meter.record(trainer, trainer.lightning_module)
     assert [(stage["batch_ramp/micro_batches"], stage["plain"], stage["samples"]) for stage in record["stages"]] == [
         (1, False, 32),
@@ -170,6 +210,6 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="GradientAccumulationScheduler both set the accumulation"):
         quiet_trainer(tmp_path, max_steps=2, callbacks=both).fit(build("plain_torch"), loader("plain_torch"))
     saver = save_every_step(tmp_path / "saved")
-    fit(tmp_path, BatchRamp(STAGES), saver, max_steps=8, enable_checkpointing=True)
+    ramped(tmp_path, BatchRamp(STAGES), saver, max_steps=8)
     with pytest.raises(ValueError, match="resume with the same max_steps, max_epochs and data"):
-        fit(tmp_path, BatchRamp(STAGES), max_steps=20, resume=tmp_path / "saved" / "step=4.ckpt")
+        ramped(tmp_path, BatchRamp(STAGES), max_steps=20, resume=tmp_path / "saved" / "step=4.ckpt")

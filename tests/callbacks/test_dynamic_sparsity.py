@@ -18,18 +18,10 @@ from lit_scale.factors.units import UnitGroup
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
 from lit_scale.technique import averages
-from tests.foreign_models import (
-    DEPTH,
-    LENGTH,
-    OPTIMIZERS,
-    WIDTH,
-    build,
-    loader,
-    quiet_trainer,
-    save_every_step,
-    slots,
-    tiny_bert,
-)
+from tests.support.data import LENGTH, loader
+from tests.support.equality import assert_same, same
+from tests.support.networks import DEPTH, OPTIMIZERS, WIDTH, build, slots, tiny_bert
+from tests.support.training import fit, left, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -98,30 +90,15 @@ def train(
     *also: Callback,
     before: Iterable[Callback] = (),
     resume: Path | None = None,
-    seed: int = 0,
     model: dict[str, Any] | None = None,
     val: bool = False,
     **options: Any,
-) -> tuple[LightningModule, Trainer]:
-    if resume is not None:
-        torch.manual_seed(12_345)  # a resumed process has another past
-        seed = 99
-    module = build(name, seed=seed, **(model or {}))
-    callbacks = [StepSeed(), *before, sparsity, *also]
-    limit = {} if "max_epochs" in options else {"max_steps": STEPS}
-    trainer = quiet_trainer(root, callbacks=callbacks, **(limit | options))
-    trainer.fit(module, loader(name, size=20), loader(name, size=4, shuffle=False) if val else None, ckpt_path=resume)
-    return module, trainer
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+) -> tuple[Any, Trainer]:
+    module = build(name, seed=99 if resume else 0, **(model or {}))
+    held_out = loader(name, size=4, shuffle=False) if val else None
+    options = ({} if "max_epochs" in options else {"max_steps": STEPS}) | options
+    data = loader(name, size=20)
+    return module, fit(module, data, root, *before, sparsity, *also, val=held_out, resume=resume, **options)
 
 
 # ---- the rule
@@ -377,11 +354,6 @@ def test_gradients_are_clipped_by_the_norm_of_the_sparse_network(kind: str, tmp_
 # ---- exact resume
 
 
-def left(module: LightningModule, trainer: Trainer, sparsity: DynamicSparsity) -> list[Any]:
-    others = [average.state_dict() for average in averages(trainer)]
-    return [module.state_dict(), trainer.optimizers[0].state_dict(), sparsity.state_dict(), others]
-
-
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [
@@ -398,39 +370,14 @@ def left(module: LightningModule, trainer: Trainer, sparsity: DynamicSparsity) -
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     averaged = options.pop("ema", False)
 
-    def run(resume: Path | None = None) -> list[Any]:
-        sparsity = sparse(kind)
+    def run(*saving: Callback, resume: Path | None = None) -> dict[str, Any]:
         also: list[Callback] = [EMAWeightAveraging(decay=0.5)] * averaged
-        also += [save_every_step(tmp_path)] * (resume is None)
-        saving = {"enable_checkpointing": resume is None}
-        return left(*train(name, tmp_path, sparsity, *also, resume=resume, **saving, **options), sparsity)
+        _, trainer = train(name, tmp_path, sparse(kind), *also, *saving, resume=resume, **options)
+        return left(trainer)
 
-    whole = run()
+    whole = run(save_every_step(tmp_path))
     for stop in (1, 2, 3, 4, 5, 7):  # before, at and after an update
-        assert same(whole, run(tmp_path / f"step={stop}.ckpt")), stop
-
-
-class Forgetful(DynamicSparsity):
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-
-def test_without_its_masks_a_resumed_run_differs(tmp_path: Path) -> None:
-    def run(kind: type[DynamicSparsity], resume: Path | None = None) -> list[Any]:
-        sparsity = kind(0.5, every=2)
-        saver = [save_every_step(tmp_path)] * (resume is None)
-        trained = train("bert", tmp_path, sparsity, *saver, resume=resume, enable_checkpointing=resume is None)
-        return left(*trained, sparsity)
-
-    whole, path = run(DynamicSparsity), tmp_path / "step=5.ckpt"
-    (tmp_path / "step=5.ckpt").rename(tmp_path / "kept.ckpt")
-    saved = torch.load(tmp_path / "kept.ckpt", weights_only=True)  # numbers, strings and tensors only
-    assert same(whole, run(DynamicSparsity, tmp_path / "kept.ckpt"))
-    saved["lit_scale_techniques"] = {"Forgetful": saved["lit_scale_techniques"]["DynamicSparsity"]}
-    key = next(name for name in saved["callbacks"] if name.startswith("DynamicSparsity"))
-    saved["callbacks"]["Forgetful"] = saved["callbacks"].pop(key)
-    torch.save(saved, path)
-    assert not same(whole[0], run(Forgetful, path)[0])
+        assert_same(whole, run(resume=tmp_path / f"step={stop}.ckpt"), f"resumed at step {stop}")
 
 
 def test_a_checkpoint_is_that_of_a_plain_network(tmp_path: Path) -> None:
@@ -466,7 +413,7 @@ def test_at_density_one_it_is_the_plain_run(kind: str, tmp_path: Path) -> None:
     sparsity = sparse(kind, density=1.0)
     module, _ = train("bert", tmp_path, sparsity)
     plain = build("bert", seed=0)
-    quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed()]).fit(plain, loader("bert", size=20))
+    fit(plain, loader("bert", size=20), tmp_path, max_steps=STEPS)
     assert same(module.state_dict(), plain.state_dict())
     assert sparsity.is_plain()
 

@@ -4,10 +4,8 @@ A test runs this file as a script; Lightning starts its second process, and both
 """
 
 import copy
-import sys
-from collections.abc import Callable
+import functools
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -16,8 +14,11 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_scale.callbacks import DynamicSparsity, ProgressiveStacking
-from lit_scale.guards import StepSeed
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.equality import assert_same
+from tests.support.networks import build
+from tests.support.processes import cases_asked_for, of_ranks, run_phases, run_ranks
+from tests.support.training import run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
@@ -26,12 +27,11 @@ UNITS: dict[str, Any] = {"density": 0.5, "every": 2}
 WEIGHTS: dict[str, Any] = {"density": 0.3, "every": 2, "granularity": "weight"}
 
 
-class Agreement(Callback):
-    """Compares all parameters between the ranks after every step, and notes the masks."""
+class Masks(Callback):
+    """Notes the masks after every step, and checks that what they leave out is 0."""
 
     def __init__(self, sparsity: DynamicSparsity) -> None:
         self.sparsity = sparsity
-        self.gaps: list[float] = []
         self.masks: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,58 +44,42 @@ class Agreement(Callback):
         for part in self.sparsity.parts:
             for parameter, mask in part.masks():
                 assert not parameter[~mask.expand_as(parameter)].any()
-        own = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
-        both = [torch.empty_like(own) for _ in range(trainer.world_size)]
-        dist.all_gather(both, own)
-        self.gaps.append((both[0] - both[1]).abs().max().item())
         self.masks.append(torch.cat([part.active for part in self.sparsity.parts]))
 
 
-def fit(folder: Path, phase: str, sparsity: dict[str, Any], **options: Any) -> dict[str, Any]:
+def train(case: str, folder: Path, phase: str, resume: Path | None) -> dict[str, Any]:
     """Train in two processes, and return what this rank holds."""
-    resume, kind = options.pop("resume", None), options.pop("kind", DynamicSparsity)
-    stacking = options.pop("stacking", False)
-    module = build("bert", seed=1 if resume else 0)
-    callback = kind(**sparsity)
-    agreement = Agreement(callback)
-    callbacks: list[Callback] = [StepSeed(), callback, *[ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])] * stacking]
-    callbacks += [agreement, *[save_every_step(folder / phase)] * (resume is None)]
-    options |= {"strategy": "ddp", "devices": 2, "enable_checkpointing": resume is None}
-    trainer = quiet_trainer(folder, max_steps=STEPS, callbacks=callbacks, **options)
-    trainer.fit(module, loader("bert", size=40), ckpt_path=resume)
-    weights = {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
-    return {"weights": weights, "gaps": agreement.gaps, "masks": agreement.masks}
+    options = copy.deepcopy(CASES[case]) | {"strategy": "ddp", "devices": 2, "max_steps": STEPS, "resume": resume}
+    sparsity = options.pop("kind", DynamicSparsity)(**options.pop("sparsity"))
+    masks, parts = Masks(sparsity), [sparsity]
+    if options.pop("stacking", False):
+        parts.append(ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)]))
+    parts += [masks, *([] if resume else [save_every_step(folder / phase)])]
+    options.pop("stops")
+    ran = run(build("bert", seed=1 if resume else 0), loader("bert", size=40), folder, *parts, **options)
+    return {"weights": ran.left["weights"], "gaps": ran.watch.gaps, "masks": masks.masks}
 
 
 @pytest.mark.parametrize("cases", [["units", "weights"], ["accumulated", "stacked"]], ids=" and ".join)
-def test_two_processes_have_the_same_masks_and_resume_exactly(
-    cases: list[str], run_python: Callable[..., CompletedProcess[str]], tmp_path: Path
-) -> None:
-    result = run_python(Path(__file__), ",".join(cases), tmp_path, timeout=280)
-    assert result.returncode == 0, result.stderr[-3_000:]
+def test_two_processes_have_the_same_masks_and_resume_exactly(cases: list[str], tmp_path: Path) -> None:
+    run_ranks(__file__, cases, tmp_path)
     for case in cases:
         phases = ["whole", *(f"from {stop}" for stop in CASES[case]["stops"])]
-        found = {
-            phase: [torch.load(tmp_path / case / f"{phase}-{rank}.pt", weights_only=True) for rank in (0, 1)]
-            for phase in phases
-        }
+        found = {phase: of_ranks(tmp_path / case, phase) for phase in phases}
         for phase, (one, other) in found.items():
             assert one["gaps"] == [0.0] * len(one["gaps"]) != []
-            assert all(map(torch.equal, one["masks"], other["masks"])), phase
+            assert_same(one["masks"], other["masks"], phase)
         whole = found["whole"][0]
         assert len({tuple(masks.tolist()) for masks in whole["masks"]}) >= 3  # they moved
         for phase in phases[1:]:
             resumed = found[phase][0]
-            assert all(torch.equal(value, resumed["weights"][key]) for key, value in whole["weights"].items()), phase
-            assert all(map(torch.equal, whole["masks"][-len(resumed["masks"]) :], resumed["masks"]))
+            assert_same(whole["weights"], resumed["weights"], phase)
+            assert_same(whole["masks"][-len(resumed["masks"]) :], resumed["masks"], phase)
 
 
-def test_with_a_choice_of_its_own_each_rank_drifts_away(
-    run_python: Callable[..., CompletedProcess[str]], tmp_path: Path
-) -> None:
-    result = run_python(Path(__file__), "control", tmp_path, timeout=280)
-    assert result.returncode == 0, result.stderr[-3_000:]
-    one, other = (torch.load(tmp_path / "control" / f"whole-{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_with_a_choice_of_its_own_each_rank_drifts_away(tmp_path: Path) -> None:
+    run_ranks(__file__, ["control"], tmp_path)
+    one, other = of_ranks(tmp_path / "control")
     assert not torch.equal(one["masks"][-1], other["masks"][-1])
     assert one["gaps"][-1] > 0  # and nothing says so
 
@@ -120,17 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def main(case: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    folder.mkdir(exist_ok=True)
-    options = dict(CASES[case])
-    for stop in (None, *options.pop("stops")):
-        phase = "whole" if stop is None else f"from {stop}"
-        resume = None if stop is None else folder / "whole" / f"step={stop}.ckpt"
-        found = fit(folder, phase, resume=resume, **copy.deepcopy(options))
-        torch.save(found, folder / f"{phase}-{dist.get_rank()}.pt")
-
-
 if __name__ == "__main__":
-    for one in sys.argv[1].split(","):
-        main(one, Path(sys.argv[2], one))
+    names, root = cases_asked_for()
+    for name in names:
+        run_phases(name, root, CASES[name]["stops"], functools.partial(train, name))

@@ -22,8 +22,10 @@ from lit_scale.callbacks.gradient_noise_scale import signal_and_noise
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules.loader import ResumableLoader
 from lit_scale.guards import SafeCheckpointIO, StepSeed
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, sized_loader
+from tests.support.equality import assert_same
+from tests.support.networks import build, image_model
+from tests.support.training import fit, left, note_samples, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -118,14 +120,10 @@ def test_the_verdict_follows_the_papers_trade_off(batch: int) -> None:
     assert "nothing is known yet" in noise.verdict(batch)
 
 
-def fit(root: Path, *callbacks: Callback, resume: Path | None = None, **options: Any) -> list[Tensor]:
-    module = build("bert", seed=1 if resume else 0)
-    trainer = quiet_trainer(
-        root, callbacks=[StepSeed(), *callbacks], plugins=[SafeCheckpointIO()], **({"max_epochs": 2} | options)
-    )
-    trainer.fit(module, loader("bert"), ckpt_path=resume)
-    states = trainer.optimizers[0].state_dict()["state"].values()
-    return [*module.state_dict().values(), *(value for state in states for value in state.values())]
+def watched(root: Path, *callbacks: Callback, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    module, plugins = build("bert", seed=1 if resume else 0), [SafeCheckpointIO()]
+    options = {"max_epochs": 2, "plugins": plugins} | options
+    return left(fit(module, loader("bert"), root, *callbacks, resume=resume, **options))
 
 
 def ramp() -> BatchRamp:
@@ -133,23 +131,21 @@ def ramp() -> BatchRamp:
 
 
 def test_it_changes_nothing_and_resumes_exactly(tmp_path: Path) -> None:
-    stacking = {"stages": [(0.0, 0.5), (0.5, 1.0)]}
+    stacking: dict[str, Any] = {"stages": [(0.0, 0.5), (0.5, 1.0)]}
     watching = GradientNoiseScale(0.9)
     parts = [ProgressiveStacking(**stacking), ramp(), watching, CostMeter(repeats=1)]
-    whole = fit(tmp_path, *parts, save_every_step(tmp_path / "saved"), enable_checkpointing=True)
-    alone = fit(tmp_path, ProgressiveStacking(**stacking), ramp())
-    assert all(map(torch.equal, whole, alone))
+    whole = watched(tmp_path, *parts, save_every_step(tmp_path / "saved"))
+    alone = watched(tmp_path, ProgressiveStacking(**stacking), ramp())
+    assert_same(whole, alone)
     assert (
         0 < watching._weight < 1 - 0.9**4 + 1e-9
     )  # 2 + 2 of the 8 steps had more than one micro-batch; no replayed one
     for stop in (3, 5, 7):
         again = GradientNoiseScale(0.9)
         path = tmp_path / "saved" / f"step={stop}.ckpt"
-        rest = fit(tmp_path, ProgressiveStacking(**stacking), ramp(), again, CostMeter(repeats=1), resume=path)
-        assert all(map(torch.equal, whole, rest))
-        one, other = watching.state_dict(), again.state_dict()
-        assert one.keys() == other.keys()
-        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+        rest = watched(tmp_path, ProgressiveStacking(**stacking), ramp(), again, CostMeter(repeats=1), resume=path)
+        assert_same(whole, rest, f"resumed at step {stop}")
+        assert_same(watching.state_dict(), again.state_dict())
 
 
 class Gradients(Callback):
@@ -161,14 +157,7 @@ class Gradients(Callback):
         self._sum: Tensor | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        method = type(pl_module).per_sample_loss
-
-        def noted(batch: Any) -> Tensor:
-            if pl_module.training:
-                self.trained.append(count_samples(batch))
-            return method(pl_module, batch)
-
-        pl_module.per_sample_loss = noted
+        note_samples(pl_module, lambda batch: self.trained.append(count_samples(batch)))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]

@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_scale.batches import count_samples
 from lit_scale.callbacks import (
     ImportanceSampling,
     ProgressiveStacking,
@@ -24,10 +23,11 @@ from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
 from lit_scale.factors.scores import output_gradients
 from lit_scale.factors.token_choice import TokenChoice
-from lit_scale.guards import StepSeed
-from tests.foreign_models import FOREIGN, OPTIMIZERS, build, loader, quiet_trainer, save_every_step, tiny_bert
-from tests.sized_models import image_model, sized_loader
-from tests.token_runs import KINDS, make
+from tests.support.data import loader, sized_loader
+from tests.support.equality import assert_same
+from tests.support.networks import FOREIGN, OPTIMIZERS, PlainTorch, build, image_model, tiny_bert
+from tests.support.tokens import KINDS, make
+from tests.support.training import Ran, quiet_trainer, run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -36,48 +36,16 @@ ALWAYS: dict[str, Any] = {"threshold": 0.0, "look_every": 1}  # open as soon as 
 NEVER: dict[str, Any] = {"threshold": 1e9}
 
 
-class Watch(Callback):
-    """Notes how many samples each batch brings and how many are trained, and the loss of each step."""
-
-    def __init__(self) -> None:
-        self.brought: list[int] = []
-        self.trained: list[int] = []
-        self.losses: list[float] = []
-        self.batches: list[Any] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        method = type(pl_module).per_sample_loss
-
-        def noted(batch: Any) -> Tensor:
-            if pl_module.training:
-                self.trained.append(count_samples(batch))
-                self.batches.append(batch)
-            return method(pl_module, batch)
-
-        pl_module.per_sample_loss = noted
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.brought.append(count_samples(batch))
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())
+def choose(module: Any, data: Any, folder: Path, *before: Callback, choosing: Any = None, **options: Any) -> Ran:
+    """Train with importance sampling behind these callbacks, and in front of those that are ``after`` it."""
+    technique = ImportanceSampling(**(ALWAYS if choosing is None else choosing))
+    after = options.pop("after", ())
+    return run(module, data, folder, *before, technique, *after, **({"max_steps": STEPS} | options))
 
 
-def fit(module: Any, data: Any, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    watch = Watch()
-    choosing = ImportanceSampling(**options.pop("choosing", ALWAYS))
-    callbacks = [watch, StepSeed(), *options.pop("before", ()), choosing, *options.pop("after", ())]
-    options = {"max_steps": STEPS} | options
-    trainer = quiet_trainer(folder, callbacks=callbacks, enable_checkpointing=True, **options)
-    trainer.fit(module, data, ckpt_path=resume)
-    states = trainer.optimizers[0].state_dict()["state"].values()
-    return {
-        "watch": watch,
-        "choosing": choosing,
-        "tensors": [*module.state_dict().values(), *(torch.as_tensor(v) for s in states for v in s.values())],
-        "metrics": dict(trainer.callback_metrics),
-        "trainer": trainer,
-    }
+def tau(ran: Ran) -> float:
+    found: float = ran.left["techniques"]["importance_sampling"]["tau"]
+    return found
 
 
 # ---- the formulas
@@ -138,21 +106,20 @@ def test_the_weighted_gradient_is_the_plain_one_on_average(monkeypatch: pytest.M
 
 def test_a_closed_gate_is_the_plain_run(tmp_path: Path) -> None:
     plain = image_model("timm")
-    reference = quiet_trainer(tmp_path, callbacks=[StepSeed()], max_steps=STEPS)
-    reference.fit(plain, sized_loader())
-    found = fit(image_model("timm"), sized_loader(), tmp_path, choosing=NEVER | {"look_every": 3})
-    assert found["choosing"].tau > 0
-    assert all(map(torch.equal, found["tensors"], plain.state_dict().values()))
-    assert found["watch"].brought == found["watch"].trained == [4] * STEPS
+    run(plain, sized_loader(), tmp_path, max_steps=STEPS)
+    found = choose(image_model("timm"), sized_loader(), tmp_path, choosing=NEVER | {"look_every": 3})
+    assert tau(found) > 0
+    assert_same(found.left["weights"], dict(plain.state_dict()))
+    assert found.watch.brought == found.watch.trained == [4] * STEPS
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_open_gate_asks_for_more_once_all_that_was_prepared_is_through(workers: int, tmp_path: Path) -> None:
-    found = fit(image_model("by_hand"), sized_loader(num_workers=workers), tmp_path)
+    found = choose(image_model("by_hand"), sized_loader(num_workers=workers), tmp_path)
     first = 1 + workers * 2  # each worker prepares two batches
-    assert found["watch"].brought == [4] * first + [12] * (STEPS - first)
-    assert found["watch"].trained == [4] * STEPS
-    assert found["trainer"].train_dataloader.plan is None
+    assert found.watch.brought == [4] * first + [12] * (STEPS - first)
+    assert found.watch.trained == [4] * STEPS
+    assert found.trainer.train_dataloader.plan is None
 
 
 def test_no_sample_is_met_twice_before_all_were(tmp_path: Path) -> None:
@@ -163,7 +130,7 @@ def test_no_sample_is_met_twice_before_all_were(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
             brought.extend(batch["image"].flatten(1).sum(1))
 
-    fit(image_model("by_hand"), sized_loader(), tmp_path, max_steps=5, before=[Sees()])
+    choose(image_model("by_hand"), sized_loader(), tmp_path, Sees(), max_steps=5)
     first = torch.stack(brought)[:48]
     assert len(first.unique()) == 48
     assert len(torch.stack(brought)) == 52
@@ -190,8 +157,8 @@ class Keeps(Callback):
 def test_tau_is_the_moving_average_of_what_the_steps_themselves_show(every: int, tmp_path: Path) -> None:
     keeps = Keeps(every)
     choosing = NEVER | {"look_every": every}
-    found = fit(image_model("by_hand", dropout=0.0), sized_loader(), tmp_path, choosing=choosing, before=[keeps])
-    assert found["choosing"].tau == pytest.approx(keeps.taus[-1], rel=1e-5)
+    found = choose(image_model("by_hand", dropout=0.0), sized_loader(), tmp_path, keeps, choosing=choosing)
+    assert tau(found) == pytest.approx(keeps.taus[-1], rel=1e-5)
     assert keeps.taus[-1] < 1.5  # with the paper's start at 0, nothing opens at once
 
 
@@ -207,8 +174,7 @@ def test_the_gate_opens_and_closes_where_tau_crosses_the_threshold(tmp_path: Pat
             super().on_before_optimizer_step(*args)
             found.append((self.tau, self._is_open(10**9)))
 
-    trainer = quiet_trainer(tmp_path, callbacks=[watch := Watch(), StepSeed(), Told(look_every=1)], max_steps=STEPS)
-    trainer.fit(image_model("by_hand"), sized_loader())
+    watch = run(image_model("by_hand"), sized_loader(), tmp_path, Told(look_every=1), max_steps=STEPS).watch
     average, expected = 0.0, []
     for count in alike:
         average = 0.9 * average + 0.1 * (1024 / count) ** 0.5
@@ -222,12 +188,12 @@ def test_of_a_loader_that_cannot_be_asked_the_batch_is_the_presample(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr("lit_scale.callbacks.importance_sampling.rank_zero_info", told.append)
-    found = fit(build("plain_torch"), loader("plain_torch", batch_size=8), tmp_path)
-    watch = found["watch"]
+    found = choose(build("plain_torch"), loader("plain_torch", batch_size=8), tmp_path)
+    watch = found.watch
     assert watch.brought == [8] * STEPS
     assert watch.trained == [2] * STEPS  # 8 // 3
     first = next(iter(loader("plain_torch", batch_size=8)))
-    assert torch.equal(watch.batches[0]["image"], first["image"][:2])  # closed: the first ones
+    assert torch.equal(watch.trained_batches[0]["image"], first["image"][:2])  # closed: the first ones
     assert "each of its batches is the presample, and a step trains 1 / 3 of it" in told[0]
 
 
@@ -237,14 +203,13 @@ def test_of_a_loader_that_cannot_be_asked_the_batch_is_the_presample(
 @pytest.mark.parametrize("name", [*FOREIGN, "bert"])
 def test_any_network_resumes_to_the_same_bits_with_the_gate_open(name: str, tmp_path: Path) -> None:
     saver = save_every_step(tmp_path / "saved")
-    whole = fit(build(name), loader(name, batch_size=6), tmp_path, after=[saver])
-    assert len(set(whole["watch"].losses)) == STEPS
+    whole = choose(build(name), loader(name, batch_size=6), tmp_path, after=[saver])
+    assert len(set(whole.watch.losses)) == STEPS
     for stop in (1, 5):
-        rest = fit(build(name, seed=1), loader(name, batch_size=6), tmp_path, tmp_path / "saved" / f"step={stop}.ckpt")
-        assert rest["watch"].losses == whole["watch"].losses[stop:]
-        assert all(map(torch.equal, whole["tensors"], rest["tensors"])), stop
-        assert whole["metrics"] == rest["metrics"]
-        assert whole["choosing"].state_dict() == rest["choosing"].state_dict()
+        path = tmp_path / "saved" / f"step={stop}.ckpt"
+        rest = choose(build(name, seed=1), loader(name, batch_size=6), tmp_path, resume=path)
+        assert rest.watch.losses == whole.watch.losses[stop:]
+        assert_same(whole.left, rest.left, f"resumed at step {stop}")
 
 
 @pytest.mark.parametrize(
@@ -263,29 +228,31 @@ def test_planned_batches_are_the_same_in_a_resumed_run(
     workers = {"num_workers": options.pop("num_workers")} if "num_workers" in options else {}
     window = options.get("accumulate_grad_batches", 1)
     saver = save_every_step(tmp_path / "saved")
-    whole = fit(image_model("timm"), sized_loader(**workers), tmp_path, choosing=choosing, after=[saver], **options)
+    whole = choose(image_model("timm"), sized_loader(**workers), tmp_path, choosing=choosing, after=[saver], **options)
     for stop in (1, 4, 7):
         path = tmp_path / "saved" / f"step={stop}.ckpt"
-        rest = fit(image_model("timm", seed=1), sized_loader(**workers), tmp_path, path, choosing=choosing, **options)
-        assert rest["watch"].brought == whole["watch"].brought[stop * window :]
-        assert rest["watch"].losses == whole["watch"].losses[stop * window :]
-        assert all(map(torch.equal, whole["tensors"], rest["tensors"])), stop
+        rest = choose(
+            image_model("timm", seed=1), sized_loader(**workers), tmp_path, resume=path, choosing=choosing, **options
+        )
+        assert rest.watch.brought == whole.watch.brought[stop * window :]
+        assert rest.watch.losses == whole.watch.losses[stop * window :]
+        assert_same(whole.left, rest.left, f"resumed at step {stop}")
 
 
 def test_fewer_workers_at_resume_change_nothing(tmp_path: Path) -> None:
     saver = save_every_step(tmp_path / "saved")
-    whole = fit(image_model("by_hand"), sized_loader(num_workers=2), tmp_path, after=[saver])
-    rest = fit(image_model("by_hand", seed=1), sized_loader(), tmp_path, tmp_path / "saved" / "step=2.ckpt")
-    assert rest["watch"].brought == whole["watch"].brought[2:] == [4, 4, 4, 12, 12, 12]
-    assert all(map(torch.equal, whole["tensors"], rest["tensors"]))
+    whole = choose(image_model("by_hand"), sized_loader(num_workers=2), tmp_path, after=[saver])
+    rest = choose(image_model("by_hand", seed=1), sized_loader(), tmp_path, resume=tmp_path / "saved" / "step=2.ckpt")
+    assert rest.watch.brought == whole.watch.brought[2:] == [4, 4, 4, 12, 12, 12]
+    assert_same(whole.left, rest.left)
 
 
 def test_other_random_choices_are_another_run(tmp_path: Path) -> None:
     """What makes the tests above fail if draws did not follow the batch counter."""
     one, other = (
-        fit(image_model("timm"), sized_loader(), tmp_path, choosing=ALWAYS | {"seed": seed}) for seed in (0, 1)
+        choose(image_model("timm"), sized_loader(), tmp_path, choosing=ALWAYS | {"seed": seed}) for seed in (0, 1)
     )
-    assert one["watch"].losses[1:] != other["watch"].losses[1:]
+    assert one.watch.losses[1:] != other.watch.losses[1:]
 
 
 # ---- along with others
@@ -294,10 +261,10 @@ def test_other_random_choices_are_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_sizes_and_samples_of_a_batch_are_both_planned(order: int, tmp_path: Path) -> None:
     growing = ResolutionGrowing([(0.0, 0.5), (0.5, 1.0)], grow_batch=True)
-    place = {"before": [growing]} if order == 1 else {"after": [growing]}
-    found = fit(image_model("timm"), sized_loader(), tmp_path, **place)
-    assert found["watch"].brought == [16, 48, 48, 48, 12, 12, 12, 12]
-    assert found["watch"].trained == [16, 16, 16, 16, 4, 4, 4, 4]
+    before, after = ([growing], []) if order == 1 else ([], [growing])
+    found = choose(image_model("timm"), sized_loader(), tmp_path, *before, after=after)
+    assert found.watch.brought == [16, 48, 48, 48, 12, 12, 12, 12]
+    assert found.watch.trained == [16, 16, 16, 16, 4, 4, 4, 4]
 
 
 def text(corpus: Path, folder: Path, **options: Any) -> TextDataModule:
@@ -320,12 +287,12 @@ def test_text_is_planned_across_the_ends_of_epochs_and_along_with_lengths(tiny_c
     warmup = lambda: SequenceLengthWarmup([(0.0, 0.5), (0.5, 1.0)])  # noqa: E731
     saver = save_every_step(tmp_path / "saved")
     options = {"max_steps": steps, "limit_val_batches": 0}
-    whole = fit(bert(), data, tmp_path, before=[warmup()], after=[saver], **options)
-    assert set(whole["watch"].brought) == {8, 24, 12}
+    whole = choose(bert(), data, tmp_path, warmup(), after=[saver], **options)
+    assert set(whole.watch.brought) == {8, 24, 12}
     path = tmp_path / "saved" / f"step={steps - 2}.ckpt"
     again = text(tiny_corpus, tmp_path, val_fraction=0.95)
-    rest = fit(bert(1), again, tmp_path, path, before=[warmup()], **options)
-    assert all(map(torch.equal, whole["tensors"], rest["tensors"]))
+    rest = choose(bert(1), again, tmp_path, warmup(), resume=path, **options)
+    assert_same(whole.left, rest.left)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -333,16 +300,15 @@ def test_text_is_planned_across_the_ends_of_epochs_and_along_with_lengths(tiny_c
 def test_tokens_are_dropped_from_the_samples_that_are_trained(
     kind: type[TokenChoice], order: int, tmp_path: Path
 ) -> None:
-    def run(seed: int, resume: Path | None = None) -> dict[str, Any]:
-        tokens = make(kind)
-        place: dict[str, Any] = {"before": [], "after": []}
-        place["before" if order == 1 else "after"].append(tokens)
-        place["after"] += [] if resume else [save_every_step(tmp_path / "saved")]
-        return fit(tiny_bert(seed=seed), loader("bert", size=48, batch_size=6), tmp_path, resume, **place)
+    def both(*saving: Callback, resume: Path | None = None) -> Ran:
+        tokens = [make(kind)]
+        before, after = (tokens, saving) if order == 1 else ([], [*tokens, *saving])
+        module, data = tiny_bert(seed=1 if resume else 0), loader("bert", size=48, batch_size=6)
+        return choose(module, data, tmp_path, *before, after=after, resume=resume)
 
-    whole = run(0)
-    assert whole["watch"].trained == [2] * STEPS
-    assert all(map(torch.equal, whole["tensors"], run(1, tmp_path / "saved" / "step=3.ckpt")["tensors"]))
+    whole = both(save_every_step(tmp_path / "saved"))
+    assert whole.watch.trained == [2] * STEPS
+    assert_same(whole.left, both(resume=tmp_path / "saved" / "step=3.ckpt").left)
 
 
 # ---- the clock
@@ -350,7 +316,7 @@ def test_tokens_are_dropped_from_the_samples_that_are_trained(
 
 def test_each_kind_of_step_has_its_price(tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
-    fit(image_model("by_hand"), sized_loader(), tmp_path, choosing=ALWAYS | {"look_every": 2}, after=[meter])
+    choose(image_model("by_hand"), sized_loader(), tmp_path, choosing=ALWAYS | {"look_every": 2}, after=[meter])
     shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
     assert [(s["importance_sampling/gate"], s["count"], s["samples"], s["plain"]) for s in shapes] == [
         ("looks", 1, 4, False),
@@ -358,7 +324,7 @@ def test_each_kind_of_step_has_its_price(tmp_path: Path) -> None:
     ]
     looks, chooses = (shape["flops_each"] for shape in shapes)
     closed = CostMeter(repeats=1)
-    fit(image_model("by_hand"), sized_loader(), tmp_path, choosing=NEVER | {"look_every": 4}, after=[closed])
+    choose(image_model("by_hand"), sized_loader(), tmp_path, choosing=NEVER | {"look_every": 4}, after=[closed])
     (looked, plain) = [s for s in closed.ledger.record()["step_kinds"] if s["phase"] == "train"]
     assert (looked["count"], plain["count"], plain["plain"]) == (2, 6, True)
     assert looked["flops_each"] == plain["flops_each"] == looks  # scores come free
@@ -384,7 +350,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 
 
 def no_batch(root: Path) -> Callable[..., Any]:
-    def run(module: Any, data: Any, **choosing: Any) -> None:
+    def attempt(module: Any, data: Any, **choosing: Any) -> None:
         trainer = quiet_trainer(root, callbacks=[ImportanceSampling(**choosing)], max_steps=1)
         try:
             trainer.fit(module, data)
@@ -392,15 +358,15 @@ def no_batch(root: Path) -> Callable[..., Any]:
             assert trainer.global_step == 0
             assert not {"training_step", "per_sample_loss"} & module.__dict__.keys()
 
-    return run
+    return attempt
 
 
 def test_what_cannot_work_is_refused_before_a_step(tmp_path: Path) -> None:
-    run = no_batch(tmp_path)
+    attempt = no_batch(tmp_path)
     with pytest.raises(ValueError, match="presample=3 is not smaller than the batch of 2 samples"):
-        run(build("plain_torch"), loader("plain_torch", batch_size=2))
+        attempt(build("plain_torch"), loader("plain_torch", batch_size=2))
     with pytest.raises(ValueError, match="output='net.tail': PlainTorch has no such part"):
-        run(build("plain_torch"), loader("plain_torch"), output="net.tail")
+        attempt(build("plain_torch"), loader("plain_torch"), output="net.tail")
 
 
 @pytest.mark.parametrize(("count", "warned"), [(4, True), (5, False)])
@@ -409,14 +375,13 @@ def test_a_batch_too_small_for_the_gate_ever_to_open_is_told(count: int, warned:
     assert (variance_ratio(torch.eye(count)[0]) <= 2.0) == warned
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        fit(image_model("timm"), sized_loader(batch_size=count), tmp_path, choosing={}, max_steps=1)
+        choose(image_model("timm"), sized_loader(batch_size=count), tmp_path, choosing={}, max_steps=1)
     assert any("train more than 4 samples a step" in str(one.message) for one in told) == warned
 
 
 @pytest.mark.parametrize("choosing", [ALWAYS, NEVER], ids=["opens", "never opens"])
 def test_a_step_that_goes_around_its_losses_is_refused(choosing: dict[str, Any], tmp_path: Path) -> None:
     """With the first batch, whose gate is closed."""
-    from tests.foreign_models import PlainTorch
 
     class Around(PlainTorch):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -432,8 +397,8 @@ def sized_like_plain() -> Any:
 
 def test_it_goes_along_with_growing_depth(tmp_path: Path) -> None:
     stacking = ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])
-    found = fit(image_model("timm"), sized_loader(), tmp_path, before=[stacking])
-    assert found["watch"].trained == [4] * STEPS
+    found = choose(image_model("timm"), sized_loader(), tmp_path, stacking)
+    assert found.watch.trained == [4] * STEPS
 
 
 @pytest.mark.slow
@@ -444,10 +409,10 @@ def test_a_compiled_network_trains_as_the_plain_one(choosing: dict[str, Any], tm
     compiled = image_model("by_hand", dropout=0.0, optimizer=OPTIMIZERS["SGD"])
     compiled.net = torch.compile(compiled.net, backend="aot_eager", dynamic=False)
     plain = image_model("by_hand", dropout=0.0, optimizer=OPTIMIZERS["SGD"])
-    one, other = (fit(module, sized_loader(), tmp_path, choosing=choosing) for module in (compiled, plain))
-    assert one["watch"].brought == other["watch"].brought
-    torch.testing.assert_close(one["watch"].losses, other["watch"].losses, rtol=1e-4, atol=1e-5)
-    assert one["choosing"].tau == pytest.approx(other["choosing"].tau, rel=1e-4)
+    one, other = (choose(module, sized_loader(), tmp_path, choosing=choosing) for module in (compiled, plain))
+    assert one.watch.brought == other.watch.brought
+    torch.testing.assert_close(one.watch.losses, other.watch.losses, rtol=1e-4, atol=1e-5)
+    assert tau(one) == pytest.approx(tau(other), rel=1e-4)
     assert torch._dynamo.utils.counters["graph_break"] == {}
     # trained, looked at or scored, and evaluated: one graph each, and none for every step
     assert torch._dynamo.utils.counters["frames"]["total"] <= 4

@@ -11,26 +11,27 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LRScheduler, O
 
 from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
 from lit_scale.cost import CostMeter
-from lit_scale.guards import SafeCheckpointIO, StepSeed
-from tests.foreign_models import OPTIMIZERS, build, loader, quiet_trainer, save_every_step
+from lit_scale.guards import SafeCheckpointIO
+from tests.support.data import loader
+from tests.support.equality import assert_same
+from tests.support.networks import OPTIMIZERS, PlainTorch, build
+from tests.support.training import fit, left, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-def fit(root: Path, *callbacks: Callback, name: str = "plain_torch", resume: Path | None = None, **options: Any) -> Any:
-    build_options = options.pop("build", {})
-    module = build(name, seed=1 if resume else 0, **build_options)
-    trainer = quiet_trainer(
-        root, callbacks=[StepSeed(), *callbacks], plugins=[SafeCheckpointIO()], **({"max_epochs": 2} | options)
-    )
-    trainer.fit(module, loader(name), ckpt_path=resume)
-    return module, trainer
+def trained(
+    root: Path, *callbacks: Callback, name: str = "plain_torch", resume: Path | None = None, **options: Any
+) -> tuple[Any, Trainer]:
+    module = build(name, seed=1 if resume else 0, **options.pop("build", {}))
+    options = {"max_epochs": 2, "plugins": [SafeCheckpointIO()]} | options
+    return module, fit(module, loader(name), root, *callbacks, resume=resume, **options)
 
 
 @pytest.mark.parametrize("kind", ["lamb", "lars", "own"])
 @pytest.mark.parametrize("rate", [{"lr": 0.02}, {}, {"scaling": "linear"}], ids=str)
 def test_it_is_accumulation_with_the_other_optimizer_and_rate(kind: Any, rate: dict[str, Any], tmp_path: Path) -> None:
-    module, trainer = fit(tmp_path, LargeBatch(4, optimizer=kind, **rate), build={"dropout": 0.0})
+    module, trainer = trained(tmp_path, LargeBatch(4, optimizer=kind, **rate), build={"dropout": 0.0})
     assert trainer.global_step == 4  # of 16 batches
     assert trainer.accumulate_grad_batches == 1
     peak = {"{'lr': 0.02}": 0.02, "{}": 3e-3 * 2, "{'scaling': 'linear'}": 3e-3 * 4}[str(rate)]
@@ -77,18 +78,14 @@ def test_the_rate_asked_for_is_the_largest_that_is_used(kind: Any, schedule: str
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:  # behind the scaling
             trainer.optimizers[0].register_step_pre_hook(lambda its, *_: rates.append(its.param_groups[0]["lr"]))
 
-    from tests.foreign_models import PlainTorch
-
     class Scheduled(PlainTorch):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
             scheduler: LRScheduler = SCHEDULES[schedule](optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    trainer = quiet_trainer(
-        tmp_path, max_steps=8, callbacks=[StepSeed(), LargeBatch(2, optimizer=kind, lr=0.02), Notes()]
-    )
-    trainer.fit(Scheduled(), loader("plain_torch"))
+    batches = LargeBatch(2, optimizer=kind, lr=0.02)
+    fit(Scheduled(), loader("plain_torch"), tmp_path, batches, Notes(), max_steps=8)
     assert len(rates) == 8
     assert max(rates) == pytest.approx(0.02)
 
@@ -108,25 +105,21 @@ def test_the_rate_asked_for_is_the_largest_that_is_used(kind: Any, schedule: str
     ids=["LAMB", "8-bit AdamW", "8-bit LAMB", "all, growing"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(techniques: Any, tmp_path: Path) -> None:
-    def run(*also: Callback, **options: Any) -> list[torch.Tensor]:
-        module, trainer = fit(tmp_path, *techniques(), *also, name="bert", build={"width": 64}, **options)
-        states = trainer.optimizers[0].state_dict()
-        leaves = torch.utils._pytree.tree_leaves(states)
-        numbers = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor | int | float)]
-        return [*module.state_dict().values(), *numbers]
+    def run(*also: Callback, **options: Any) -> Any:
+        _, trainer = trained(tmp_path, *techniques(), *also, name="bert", build={"width": 64}, **options)
+        return left(trainer)
 
-    whole = run(save_every_step(tmp_path / "saved"), enable_checkpointing=True)
+    whole = run(save_every_step(tmp_path / "saved"))
     for stop in (1, 3, 6):
         rest = run(resume=tmp_path / "saved" / f"step={stop}.ckpt")
-        assert len(whole) == len(rest)
-        assert all(map(torch.equal, whole, rest)), stop
+        assert_same(whole, rest, f"resumed at step {stop}")
 
 
 def test_8_bit_state_is_what_the_record_says(tmp_path: Path) -> None:
     records = []
     for parts in ([], [EightBitOptimizer()], [EightBitOptimizer(embeddings=True)]):
         meter = CostMeter(repeats=0)
-        _, trainer = fit(tmp_path, *parts, meter, name="bert", build={"width": 256, "depth": 2}, max_steps=1)
+        _, trainer = trained(tmp_path, *parts, meter, name="bert", build={"width": 256, "depth": 2}, max_steps=1)
         records.append(meter.record(trainer, trainer.lightning_module)["optimizer_state_bytes"])
     plain, mixed, all_ = records
     assert 0.25 < all_ / plain < mixed / plain < 0.28
@@ -134,19 +127,19 @@ def test_8_bit_state_is_what_the_record_says(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_one_does_not_go_on_as_the_other(tmp_path: Path) -> None:
     saver = save_every_step(tmp_path / "saved")
-    fit(tmp_path, EightBitOptimizer(), saver, max_steps=2, enable_checkpointing=True)
+    trained(tmp_path, EightBitOptimizer(), saver, max_steps=2)
     path = tmp_path / "saved" / "step=2.ckpt"
     with pytest.raises(ValueError, match="trained with EightBitOptimizer, which is missing from this Trainer"):
-        fit(tmp_path, CostMeter(), max_steps=4, resume=path)
+        trained(tmp_path, CostMeter(), max_steps=4, resume=path)
     with pytest.raises(ValueError, match=r"EightBitOptimizer\(embeddings=True\) differs from the checkpoint's"):
-        fit(tmp_path, EightBitOptimizer(embeddings=True), max_steps=4, resume=path)
+        trained(tmp_path, EightBitOptimizer(embeddings=True), max_steps=4, resume=path)
 
 
 def test_one_optimizer_does_not_go_on_with_another_s_state(tmp_path: Path) -> None:
     saver = save_every_step(tmp_path / "saved")
-    fit(tmp_path, saver, name="bert", build={"optimizer": "adamw8bit"}, max_steps=2, enable_checkpointing=True)
+    trained(tmp_path, saver, name="bert", build={"optimizer": "adamw8bit"}, max_steps=2)
     with pytest.raises(ValueError, match="optimizer='adamw' cannot go on with the state of .*'adamw8bit'; resume with"):
-        fit(tmp_path, name="bert", max_steps=4, resume=tmp_path / "saved" / "step=2.ckpt")
+        trained(tmp_path, name="bert", max_steps=4, resume=tmp_path / "saved" / "step=2.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +168,7 @@ def test_one_optimizer_does_not_go_on_with_another_s_state(tmp_path: Path) -> No
 )
 def test_what_cannot_work_is_one_clear_error(make: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, *make(), **options)
+        trained(tmp_path, *make(), **options)
 
 
 def test_the_trainer_is_itself_again_after_an_exception(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from lit_scale.callbacks import MaskLater, RandomLTD
 from lit_scale.factors.blocks import find_blocks
 from lit_scale.factors.tokens import release_tokens
 from lit_scale.models import BertMLM
-from tests.foreign_models import LENGTH, VOCABULARY, all_blocks, build, loader, quiet_trainer, save_every_step
-from tests.token_runs import STEPS, Lengths, MustNotTrain, made
+from tests.support.data import LENGTH, VOCABULARY, loader
+from tests.support.networks import all_blocks, build
+from tests.support.tokens import STEPS, Lengths, MustNotTrain
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -173,7 +175,7 @@ def test_a_mark_from_before_the_card_had_a_page_of_its_own_is_known(tmp_path: Pa
 def test_batches_without_masks_are_refused(name: str, message: str, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[MaskLater(), MustNotTrain()])
     with pytest.raises(ValueError, match=message):
-        trainer.fit(made(name), loader(name))
+        trainer.fit(build(name), loader(name))
 
 
 def test_blocks_that_see_other_tokens_than_the_batch_has_are_refused(tmp_path: Path) -> None:

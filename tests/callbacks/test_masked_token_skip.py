@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
-from lit_scale.callbacks import MaskedTokenSkip, PatchDropping, ProgressiveStacking
+from lit_scale.callbacks import MaskedTokenSkip, ProgressiveStacking
 from lit_scale.cost import CostMeter
-from lit_scale.guards import StepSeed
 from lit_scale.models import MaskedAutoencoder
-from tests.foreign_models import WIDTH, build, quiet_trainer, save_every_step
-from tests.image_models import PATCHES, pictures, tiny_mae, viewer
+from tests.support.data import PATCHES, pictures
+from tests.support.equality import assert_same
+from tests.support.networks import WIDTH, build, tiny_mae, viewer
+from tests.support.training import fit, left, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -20,27 +21,9 @@ STEPS = 8
 SEEN = PATCHES // 4
 
 
-def train(
-    module: LightningModule,
-    root: Path,
-    *callbacks: Callback,
-    resume: Path | None = None,
-    size: int = 20,
-    **options: Any,
-) -> Trainer:
-    trainer = quiet_trainer(root, callbacks=[*callbacks, StepSeed()], **({"max_steps": STEPS} | options))
-    trainer.fit(module, pictures(size=size), pictures(size=4, shuffle=False), ckpt_path=resume)
-    return trainer
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+def train(module: LightningModule, root: Path, *callbacks: Callback, size: int = 20, **options: Any) -> Trainer:
+    data, val = pictures(size=size), pictures(size=4, shuffle=False)
+    return fit(module, data, root, *callbacks, val=val, **({"max_steps": STEPS} | options))
 
 
 class Lengths(Callback):
@@ -77,11 +60,10 @@ def test_the_encoder_sees_a_quarter_with_it_and_everything_without(skip: bool, t
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_run_is_that_of_the_model_built_so_by_hand(skip: bool, tmp_path: Path) -> None:
     with_callback, by_hand = tiny_mae(), tiny_mae(encode_masked=not skip)
-    one = train(with_callback, tmp_path, *([MaskedTokenSkip()] if skip else []))
-    other = train(by_hand, tmp_path)
-    assert same(with_callback.state_dict(), by_hand.state_dict())
-    assert same(one.optimizers[0].state_dict(), other.optimizers[0].state_dict())
-    assert same(dict(one.callback_metrics), dict(other.callback_metrics))
+    one = left(train(with_callback, tmp_path, *([MaskedTokenSkip()] if skip else [])))
+    other = left(train(by_hand, tmp_path))
+    for part in ("weights", "optimizers", "metrics"):
+        assert_same(one[part], other[part], part)
 
 
 def test_both_hide_and_restore_the_same_pixels() -> None:
@@ -138,31 +120,14 @@ def test_the_encoder_can_grow_meanwhile(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_from_any_step(tmp_path: Path) -> None:
-    def run(resume: Path | None = None, *callbacks: Callback) -> tuple[Any, ...]:
-        torch.manual_seed(99 if resume else 1)
+    def run(*callbacks: Callback, resume: Path | None = None) -> Any:
+        options: dict[str, Any] = {"val_check_interval": 1, "gradient_clip_val": 0.05}
         module = tiny_mae(seed=1 if resume else 0)
-        options: dict[str, Any] = {"enable_checkpointing": True, "val_check_interval": 1, "gradient_clip_val": 0.05}
-        trainer = train(module, tmp_path, MaskedTokenSkip(), *callbacks, resume=resume, **options)
-        return module.state_dict(), trainer.optimizers[0].state_dict(), dict(trainer.callback_metrics)
+        return left(train(module, tmp_path, MaskedTokenSkip(), *callbacks, resume=resume, **options))
 
-    whole = run(None, save_every_step(tmp_path / "whole"))
+    whole = run(save_every_step(tmp_path / "whole"))
     for stop in range(1, STEPS):
-        assert same(whole, run(tmp_path / "whole" / f"step={stop}.ckpt"))
-
-
-def test_without_counted_randomness_a_resumed_run_differs(tmp_path: Path) -> None:
-    def run(resume: Path | None = None, *callbacks: Callback) -> dict[str, Tensor]:
-        module = tiny_mae(seed=1 if resume else 0)
-        torch.manual_seed(7)
-        trainer = quiet_trainer(
-            tmp_path, max_steps=4, callbacks=[MaskedTokenSkip(), *callbacks], enable_checkpointing=bool(callbacks)
-        )
-        trainer.fit(module, pictures(), ckpt_path=resume)
-        return module.state_dict()
-
-    whole = run(None, save_every_step(tmp_path / "whole"))
-    assert same(whole, run())
-    assert not same(whole, run(tmp_path / "whole" / "step=2.ckpt"))
+        assert_same(whole, run(resume=tmp_path / "whole" / f"step={stop}.ckpt"), f"resumed at step {stop}")
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +197,3 @@ def test_a_module_without_the_switch_is_refused_at_setup(
     skip = MaskedTokenSkip(**options)
     with pytest.raises(ValueError, match=message):
         skip.setup(quiet_trainer(tmp_path, callbacks=[skip]), make(), "fit")
-
-
-def test_two_techniques_that_change_the_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="both change the tokens of a step"):
-        train(tiny_mae(), tmp_path, MaskedTokenSkip(), PatchDropping())

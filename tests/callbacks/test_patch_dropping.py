@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 
 from lit_scale.callbacks import PatchDropping, ProgressiveStacking
 from lit_scale.cost import CostMeter
-from lit_scale.guards import StepSeed
 from lit_scale.models import ViTClassifier
-from tests.foreign_models import DEPTH, WIDTH, all_blocks, build, loader, quiet_trainer, save_every_step
-from tests.image_models import PATCHES, VIEWERS, Viewer, pictures, viewer
+from tests.support.data import PATCHES, loader, pictures
+from tests.support.equality import assert_same, same
+from tests.support.networks import DEPTH, VIEWERS, WIDTH, Viewer, all_blocks, build, viewer
+from tests.support.training import fit, left, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -48,29 +49,11 @@ class Tokens(Callback):
 
 
 def train(
-    module: Viewer,
-    root: Path,
-    dropping: PatchDropping | None,
-    *callbacks: Callback,
-    resume: Path | None = None,
-    size: int = 20,
-    **options: Any,
+    module: Viewer, root: Path, dropping: PatchDropping | None, *callbacks: Callback, size: int = 20, **options: Any
 ) -> Trainer:
-    if dropping is not None:
-        callbacks = (dropping, *callbacks)
-    trainer = quiet_trainer(root, callbacks=[StepSeed(), *callbacks], **({"max_steps": STEPS} | options))
-    trainer.fit(module, pictures(size=size), pictures(size=4, shuffle=False), ckpt_path=resume)
-    return trainer
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+    parts = callbacks if dropping is None else (dropping, *callbacks)
+    data, val = pictures(size=size), pictures(size=4, shuffle=False)
+    return fit(module, data, root, *parts, val=val, **({"max_steps": STEPS} | options))
 
 
 # ---- what is dropped
@@ -276,40 +259,26 @@ def test_a_compiled_network_drops_as_an_eager_one_does(tmp_path: Path) -> None:
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    def run(resume: Path | None = None, *callbacks: Callback) -> tuple[Any, ...]:
-        torch.manual_seed(99 if resume else 1)
+    def run(*callbacks: Callback, resume: Path | None = None) -> Any:
         module = viewer(name, seed=1 if resume else 0)
         dropping = PatchDropping(tune=0.25, **module.options)
-        trainer = train(
-            module,
-            tmp_path,
-            dropping,
-            *callbacks,
-            resume=resume,
-            enable_checkpointing=True,
-            val_check_interval=1,
-            **options,
-        )
-        return module.state_dict(), trainer.optimizers[0].state_dict(), dict(trainer.callback_metrics)
+        return left(train(module, tmp_path, dropping, *callbacks, resume=resume, val_check_interval=1, **options))
 
-    whole = run(None, save_every_step(tmp_path / "whole"))
+    whole = run(save_every_step(tmp_path / "whole"))
     for stop in (1, 2) if options else (1, 5, 6, 7):  # in an epoch, at its end, where the tuning begins, inside it
-        assert same(whole, run(tmp_path / "whole" / f"step={stop}.ckpt"))
+        assert_same(whole, run(resume=tmp_path / "whole" / f"step={stop}.ckpt"), f"resumed at step {stop}")
 
 
-def test_without_counted_randomness_a_resumed_run_differs(tmp_path: Path) -> None:
-    def run(resume: Path | None = None, *callbacks: Callback) -> dict[str, Tensor]:
-        module = viewer("timm", seed=1 if resume else 0, dropout=0.0)
+def test_without_counted_randomness_a_resumed_run_drops_other_patches(tmp_path: Path) -> None:
+    def run(*callbacks: Callback, resume: Path | None = None) -> dict[str, Tensor]:
+        module = viewer("timm", seed=1 if resume else 0, dropout=0.0)  # nothing else is random
         torch.manual_seed(7)
-        trainer = quiet_trainer(
-            tmp_path, max_steps=4, callbacks=[PatchDropping(), *callbacks], enable_checkpointing=bool(callbacks)
-        )
-        trainer.fit(module, pictures(), ckpt_path=resume)
-        return module.state_dict()
+        options: dict[str, Any] = {"max_steps": 4, "step_seed": False, "resume": resume}
+        return fit(module, pictures(), tmp_path, PatchDropping(), *callbacks, **options).lightning_module.state_dict()
 
-    whole = run(None, save_every_step(tmp_path / "whole"))
-    assert same(whole, run())
-    assert not same(whole, run(tmp_path / "whole" / "step=2.ckpt"))
+    whole = run(save_every_step(tmp_path / "whole"))
+    assert_same(whole, run())
+    assert not same(whole, run(resume=tmp_path / "whole" / "step=2.ckpt"))
 
 
 @pytest.mark.parametrize(

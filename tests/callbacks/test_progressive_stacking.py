@@ -22,18 +22,10 @@ from lit_scale.callbacks.progressive_stacking import blocks_at_depth, growth_map
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import (
-    DEPTH,
-    FOREIGN,
-    OPTIMIZERS,
-    Recorder,
-    StepTimer,
-    all_blocks,
-    build,
-    loader,
-    quiet_trainer,
-    save_every_step,
-)
+from tests.support.data import loader
+from tests.support.equality import assert_same, same
+from tests.support.networks import DEPTH, FOREIGN, OPTIMIZERS, all_blocks, build, path_of
+from tests.support.training import Recorder, StepTimer, fit, left, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -42,14 +34,8 @@ STAGES = [(0.0, 0.25), (0.25, 0.5), (0.625, 1.0)]  # 1, 2 and 4 blocks, from ste
 EVERYTHING = ["bert", *FOREIGN]
 
 
-def blocks_of(module: LightningModule) -> str:
-    return getattr(module, "blocks", "encoder.blocks")
-
-
 def same_tensors(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return list(one) == list(other) and all(
-        torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True)
-    )
+    return list(one) == list(other) and same(one, other)
 
 
 # ---- what is copied
@@ -120,7 +106,7 @@ def train_reference(
 ) -> nn.Module:
     """Train at depths 1, 2 and 4 in plain PyTorch, building a new network and a new optimizer at each growth."""
     full = build(name, **options)
-    path = blocks_of(full)
+    path = path_of(full)
     module = build(name, depth=1, **options)
     module.load_state_dict({key: value for key, value in full.state_dict().items() if key in module.state_dict()})
     optimizer = reference_optimizer(name, module)
@@ -193,7 +179,7 @@ def test_growth_equals_building_a_deeper_network(
 
     expected = train_reference(name, endless(), accumulate=accumulate, clip=clip, dropout=dropout, **options)
     assert same_tensors(module.state_dict(), expected.state_dict())
-    assert type(module.get_submodule(blocks_of(module))).__name__ in {"ModuleList", "Sequential", "BlockList"}
+    assert type(module.get_submodule(path_of(module))).__name__ in {"ModuleList", "Sequential", "BlockList"}
 
 
 # ---- exact resume
@@ -201,13 +187,9 @@ def test_growth_equals_building_a_deeper_network(
 
 @dataclass
 class Run:
-    """What a run leaves behind, in a form that can be compared."""
+    """What a run leaves behind, and what was seen on the way."""
 
-    weights: dict[str, Any]
-    averages: dict[str, Any]
-    optimizer: dict[str, Any]
-    rates: list[float]
-    metrics: dict[str, Any]
+    left: dict[str, Any]
     losses: list[float]
     depths: list[tuple[int, int]]
 
@@ -220,77 +202,40 @@ def train(
     save: Path | None = None,
     stacking: dict[str, Any] | None = None,
     ema: str | None = None,
-    step_seed: bool = True,
     plain_loader: bool = False,
     workers: int = 0,
     size: int = 20,
     also: Iterable[Callback] = (),
     **options: Any,
 ) -> Run:
-    if resume is not None:
-        torch.manual_seed(12_345)  # a resumed process has another past
     module = build(name, seed=1 if resume else 0)
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     callbacks: list[Callback] = [ProgressiveStacking(**({"stages": STAGES} | (stacking or {}))), recorder]
-    average = EMAWeightAveraging(decay=0.5)
     if ema is not None:
-        callbacks.insert({"first": 0, "last": 1}[ema], average)
-    callbacks += [StepSeed()] * step_seed + [save_every_step(save)] * (save is not None)
-    callbacks += also
-    limit = {} if "max_epochs" in options else {"max_steps": STEPS}
-    trainer = quiet_trainer(
-        root,
-        callbacks=callbacks,
-        enable_checkpointing=save is not None or bool(also),
-        val_check_interval=1,
-        log_every_n_steps=1,
-        **(limit | options),
-    )
-    train_loader: Any = loader(name, size=size, num_workers=workers)
+        callbacks.insert({"first": 0, "last": 1}[ema], EMAWeightAveraging(decay=0.5))
+    callbacks += [*([save_every_step(save)] if save else []), *also]
+    data: Any = loader(name, size=size, num_workers=workers)
     if plain_loader:
-        train_loader = DataLoader(train_loader.dataset, 4)
-    trainer.fit(module, train_loader, loader(name, size=4, shuffle=False), ckpt_path=resume)
+        data = DataLoader(data.dataset, 4)
+    options = ({} if "max_epochs" in options else {"max_steps": STEPS}) | options
+    options |= {"val": loader(name, size=4, shuffle=False), "val_check_interval": 1, "log_every_n_steps": 1}
+    trainer = fit(module, data, root, *callbacks, resume=resume, **options)
     assert trainer.global_step == STEPS
-    return Run(
-        weights=module.state_dict(),
-        averages=average._average_model.state_dict() if average._average_model is not None else {},
-        optimizer=trainer.optimizers[0].state_dict(),
-        rates=[group["lr"] for group in trainer.optimizers[0].param_groups],
-        metrics=dict(trainer.callback_metrics),
-        losses=recorder.losses,
-        depths=recorder.depths,
-    )
+    return Run(left(trainer), recorder.losses, recorder.depths)
 
 
-def differences(one: Run, other: Run) -> list[str]:
-    """What of a whole run and its resumed end is not equal to the last bit."""
-    found = [what for what in ("weights", "averages") if not same_tensors(getattr(one, what), getattr(other, what))]
-    if not equal(one.optimizer, other.optimizer):
-        found.append("optimizer")
-    if one.rates != other.rates or not equal(one.metrics, other.metrics):
-        found.append("rates or metrics")
-    count = len(other.losses)
-    if one.losses[-count:] != other.losses or one.depths[-count:] != other.depths:
-        found.append("losses or depths")
-    return found
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
+def assert_ends_alike(whole: Run, resumed: Run, where: str = "") -> None:
+    assert_same(whole.left, resumed.left, where)
+    count = len(resumed.losses)
+    assert 0 < count < len(whole.losses)
+    assert (whole.losses[-count:], whole.depths[-count:]) == (resumed.losses, resumed.depths), where
 
 
 def check_resume(name: str, root: Path, stops: Iterable[int] = range(1, STEPS), **options: Any) -> Run:
     whole = train(name, root, save=root / "whole", **options)
     for stop in stops:
         resumed = train(name, root, resume=root / "whole" / f"step={stop}.ckpt", **options)
-        assert not differences(whole, resumed), f"resumed from step {stop}"
-        assert len(resumed.losses) < len(whole.losses)
+        assert_ends_alike(whole, resumed, f"resumed from step {stop}")
     return whole
 
 
@@ -324,7 +269,7 @@ def test_a_file_from_the_end_of_an_epoch_resumes_too(moment: str, ema: str | Non
     path = tmp_path / "epoch=0.ckpt"
     assert any("find_blocks" in key for key in torch.load(path, weights_only=True)["state_dict"])
     resumed = train("bert", tmp_path, resume=path, **options)
-    assert not differences(whole, resumed)
+    assert_ends_alike(whole, resumed)
     assert resumed.depths == [(5, 4), (6, 4), (7, 4), (8, 4)]
 
 
@@ -341,9 +286,9 @@ def test_without_the_parts_that_make_it_exact_a_resumed_run_differs(options: dic
     torch.manual_seed(0)
     whole = train("bert", tmp_path, **options)
     torch.manual_seed(0)
-    assert not differences(whole, train("bert", tmp_path, **options))  # the run itself repeats
+    assert_same(whole.left, train("bert", tmp_path, **options).left)  # the run itself repeats
     resumed = train("bert", tmp_path, resume=tmp_path / "whole" / "step=3.ckpt", **options)
-    assert "weights" in differences(whole, resumed)
+    assert not same(whole.left["weights"], resumed.left["weights"])
 
 
 # ---- when it grows
@@ -369,7 +314,7 @@ def due(step: int, total: int, stages: Sequence[tuple[Fraction, int]]) -> int:
 )
 def test_it_grows_at_the_first_step_of_each_stage(limits: dict[str, Any], total: int, tmp_path: Path) -> None:
     module = build("plain_torch")
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     stacking = ProgressiveStacking([(0.0, 1), (0.3, 2), (0.7, 4)])
     trainer = quiet_trainer(tmp_path, callbacks=[stacking, recorder], **limits)
     trainer.fit(module, loader("plain_torch", size=20))
@@ -383,11 +328,11 @@ def test_it_grows_at_the_first_step_of_each_stage(limits: dict[str, Any], total:
 
 def test_a_run_limited_by_time_goes_through_all_stages(tmp_path: Path) -> None:
     module = build("plain_torch")
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     callbacks = [StepTimer(), ProgressiveStacking(STAGES), recorder]
     quiet_trainer(tmp_path, max_epochs=-1, callbacks=callbacks).fit(module, loader("plain_torch"))
     assert [depth for _, depth in recorder.depths] == [1, 1, 2, 2, 2, 4, 4, 4]
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     trainer = quiet_trainer(
         tmp_path, max_time={"seconds": 1}, max_epochs=-1, callbacks=[ProgressiveStacking(STAGES), recorder]
     )
@@ -398,7 +343,7 @@ def test_a_run_limited_by_time_goes_through_all_stages(tmp_path: Path) -> None:
 
 def test_stages_that_fall_into_one_step_are_made_up_for_one_by_one(tmp_path: Path) -> None:
     module = build("plain_torch")
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     stacking = ProgressiveStacking([(0.0, 1), (0.3, 2), (0.4, 4)])
     quiet_trainer(tmp_path, max_steps=2, callbacks=[stacking, recorder]).fit(module, loader("plain_torch"))
     assert [depth for _, depth in recorder.depths] == [1, 4]
@@ -432,7 +377,7 @@ def test_a_second_fit_of_the_same_model_starts_over(tmp_path: Path) -> None:
     module, stacking = build("plain_torch"), ProgressiveStacking(STAGES)
     depths = []
     for _ in range(2):
-        recorder = Recorder(blocks_of(module))
+        recorder = Recorder(path_of(module))
         before = copy.deepcopy(module)
         trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), stacking, recorder])
         trainer.fit(module, loader("plain_torch"))
@@ -448,7 +393,7 @@ def test_a_fit_that_ended_half_grown_is_taken_up_at_its_depth(tmp_path: Path) ->
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), StopAt(3)])
     trainer.fit(module, loader("plain_torch"))
     assert len(module.net.layers) == 2
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), recorder])
     trainer.fit(module, loader("plain_torch"))
     assert [depth for _, depth in recorder.depths] == [2] * 5 + [4] * 3
@@ -466,7 +411,7 @@ def test_weights_that_are_loaded_in_the_modules_setup_leave_the_stages_as_they_a
     module = build("plain_torch")
     pretrained = build("plain_torch", seed=5).state_dict()
     module.setup = lambda stage: module.load_state_dict(pretrained)
-    recorder = Recorder(blocks_of(module))
+    recorder = Recorder(path_of(module))
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[ProgressiveStacking(STAGES), recorder])
     trainer.fit(module, loader("plain_torch"))
     assert [depth for _, depth in recorder.depths] == [1, 1, 2, 2, 2, 4, 4, 4]
@@ -553,7 +498,7 @@ class Gradients(Callback):
 @pytest.mark.parametrize("name", ["bert", "timm_vit", "torch_encoder"])
 def test_freeze_old_trains_only_what_lies_above_the_old_blocks(name: str, compiled: bool, tmp_path: Path) -> None:
     module = build(name, dropout=0.0)
-    path = blocks_of(module)
+    path = path_of(module)
     if compiled:
         torch._dynamo.reset()
         for block in all_blocks(module, path):
@@ -614,7 +559,7 @@ def test_averages_of_new_blocks_start_as_copies_too(kind: str, order: int, tmp_p
     module = build("plain_torch")
     callbacks: list[Callback] = [ProgressiveStacking(STAGES)]
     callbacks.insert(order, average)
-    watch = Watch(blocks_of(module))
+    watch = Watch(path_of(module))
     trainer = quiet_trainer(tmp_path, max_epochs=4, callbacks=[*callbacks, watch])
     trainer.fit(module, loader("plain_torch", size=8))
     # of blocks 1, 2, 3 after steps 1, 2 and 5: none is a copy of block 0, then 1 is, then 2 is, and 1 has moved on
@@ -624,7 +569,7 @@ def test_averages_of_new_blocks_start_as_copies_too(kind: str, order: int, tmp_p
 def test_an_average_that_missed_growth_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ProgressiveStacking, "_averages", lambda self, trainer: [])
     module = build("plain_torch")
-    watch = Watch(blocks_of(module))
+    watch = Watch(path_of(module))
     callbacks = [ProgressiveStacking(STAGES), EMAWeightAveraging(decay=0.5), watch]
     quiet_trainer(tmp_path, max_steps=STEPS, callbacks=callbacks).fit(module, loader("plain_torch", size=8))
     assert watch.copied == [[False] * 3] * 3
@@ -638,7 +583,7 @@ def test_compiled_networks_grow_as_eager_ones_do(what: str, tmp_path: Path) -> N
         torch._dynamo.utils.counters.clear()
         module = build("torch_encoder", dropout=0.0)
         if compiled and what == "blocks":
-            for block in all_blocks(module, blocks_of(module)):
+            for block in all_blocks(module, path_of(module)):
                 block.compile(backend="eager", fullgraph=True)
         elif compiled:
             module.net = torch.compile(module.net, backend="eager", fullgraph=True)
@@ -652,22 +597,15 @@ def test_compiled_networks_grow_as_eager_ones_do(what: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_grows_and_resumes_exactly(name: str, tmp_path: Path) -> None:
-    def run(resume: Path | None = None) -> tuple[Trainer, LightningModule]:
+    def run(*saving: Callback, resume: Path | None = None) -> dict[str, Any]:
         module = build("plain_torch", seed=1 if resume else 0, optimizer=OPTIMIZERS[name])
-        trainer = quiet_trainer(
-            tmp_path,
-            max_steps=STEPS,
-            callbacks=[StepSeed(), ProgressiveStacking(STAGES, rewarmup=0.1), save_every_step(tmp_path / "whole")],
-            enable_checkpointing=True,
-        )
-        trainer.fit(module, loader("plain_torch", size=20), ckpt_path=resume)
-        return trainer, module
+        callbacks = [ProgressiveStacking(STAGES, rewarmup=0.1), *saving]
+        data = loader("plain_torch", size=20)
+        return left(fit(module, data, tmp_path, *callbacks, resume=resume, max_steps=STEPS))
 
-    trainer, module = run()
+    whole = run(save_every_step(tmp_path / "whole"))
     for step in (2, 4, 6):
-        again, resumed = run(tmp_path / "whole" / f"step={step}.ckpt")
-        assert same_tensors(resumed.state_dict(), module.state_dict())
-        assert equal(again.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
+        assert_same(whole, run(resume=tmp_path / "whole" / f"step={step}.ckpt"), f"resumed at step {step}")
 
 
 # ---- a checkpoint from the middle of a run
@@ -701,10 +639,10 @@ def test_it_is_evaluated_at_the_depth_it_was_trained_to(
     module = build(name, seed=3)
     (found,) = trainer.validate(module, data, ckpt_path=folder / "step=4.ckpt", verbose=False)
     assert found == expected
-    assert len(module.get_submodule(blocks_of(module))) == 2
+    assert len(module.get_submodule(path_of(module))) == 2
     (full,) = trainer.validate(module, data, ckpt_path=folder / "step=7.ckpt", verbose=False)
     assert full["val/loss"] != expected["val/loss"]
-    assert len(module.get_submodule(blocks_of(module))) == 4
+    assert len(module.get_submodule(path_of(module))) == 4
     if name != "bert":
         module = build(name, seed=3)
         (found,) = trainer.test(module, data, ckpt_path=folder / "step=4.ckpt", verbose=False)

@@ -11,8 +11,10 @@ from torch import Tensor
 from lit_scale.callbacks import RandomLTD
 from lit_scale.callbacks.random_ltd import growing_share
 from lit_scale.cost import CostMeter
-from tests.foreign_models import LENGTH, build, loader, quiet_trainer
-from tests.token_runs import STEPS, Lengths, MustNotTrain, made
+from tests.support.data import LENGTH, loader
+from tests.support.networks import build
+from tests.support.tokens import STEPS, Lengths, MustNotTrain
+from tests.support.training import quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -72,7 +74,7 @@ def test_random_subsets_are_a_function_of_seed_step_and_block(tmp_path: Path) ->
 def test_it_serves_any_network(name: str, tmp_path: Path) -> None:
     lengths = Lengths()
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[RandomLTD(keep=0.5, stages=1), lengths])
-    trainer.fit(made(name), loader(name))
+    trainer.fit(build(name), loader(name))
     tokens = 5 if name == "timm_vit" else LENGTH
     middle = round(0.5 * tokens)
     assert lengths.training == [[tokens, middle, middle, tokens]] * 6 + [[tokens] * 4] * 2  # until 3/4 of the run
@@ -92,7 +94,7 @@ def test_the_class_token_is_always_kept(tmp_path: Path, monkeypatch: pytest.Monk
     for prefix, first in ((None, {0}), (0, {0, 1, 2, 3})):
         kept.clear()
         dropping = RandomLTD(keep=0.4, until=1.0, stages=1, prefix=prefix)
-        quiet_trainer(tmp_path, max_steps=20, callbacks=[dropping]).fit(made("timm_vit"), loader("timm_vit"))
+        quiet_trainer(tmp_path, max_steps=20, callbacks=[dropping]).fit(build("timm_vit"), loader("timm_vit"))
         places = torch.cat(kept)
         assert set(places[:, 0].tolist()) == first
         assert places.shape[1] == 2
@@ -104,7 +106,7 @@ def test_a_compiled_network_recompiles_once_for_each_share(tmp_path: Path) -> No
     for compiled in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        module = made("torch_encoder", dropout=0.0)
+        module = build("torch_encoder", dropout=0.0)
         if compiled:
             module.net = torch.compile(module.net, backend="eager", fullgraph=True)
         dropping = RandomLTD(keep=0.25, stages=3, blocks="net._orig_mod.1.layers" if compiled else None)
@@ -131,7 +133,7 @@ def test_bad_arguments_are_refused_at_construction(options: dict[str, Any], mess
 
 def test_blocks_without_tokens_are_refused(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[RandomLTD(), MustNotTrain()])
-    module = made("plain_torch")
+    module = build("plain_torch")
     with pytest.raises(ValueError, match=r"from \(batch, tokens, channels\), but the blocks get \(4, 16\)"):
         trainer.fit(module, loader("plain_torch"))
     assert "training_step" not in vars(module)

@@ -1,19 +1,20 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from PIL import Image
 from torch.nn import functional as F
 
 from lit_scale.callbacks import ResolutionGrowing
 from lit_scale.callbacks.resolution_growing import patch_size, resize
 from lit_scale.cost import CostMeter
-from lit_scale.guards import StepSeed
-from tests.foreign_models import StepTimer, build, loader, quiet_trainer, save_every_step
-from tests.sized_models import IMAGES, SIDE, full_loader, image_model, sized_loader, val_loader
+from tests.support.data import FULL_SIDE, full_loader, loader, sized_loader, val_loader
+from tests.support.equality import assert_same
+from tests.support.networks import ANY_SIZE, build, image_model
+from tests.support.training import Ran, StepTimer, Watch, quiet_trainer, run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -22,46 +23,31 @@ STAGES = [(0.0, 0.5), (0.25, 0.75), (0.625, 1.0)]  # 8, 12 and 16 pixels, from s
 SIZES = [8, 8, 12, 12, 12, 16, 16, 16]
 
 
-class Watch(Callback):
-    """Notes what the training and the validation steps are given."""
+class Sizes(Watch):
+    """Also tells how large the images of each batch are."""
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.samples: list[int] = []
-        self.validated: list[int] = []
-        self.losses: list[float] = []
+    @property
+    def sizes(self) -> list[int]:
+        return [batch["image"].shape[-1] for batch in self.batches]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.samples.append(batch["image"].shape[0])
-        self.sizes.append(batch["image"].shape[-1])
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.validated.append(batch["image"].shape[-1])
+    @property
+    def validated(self) -> set[int]:
+        return {batch["image"].shape[-1] for batch in self.validated_batches}
 
 
-def fit(name: str, folder: Path, data: Any, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    module = image_model(name, seed=1 if resume else 0)
-    watch, growing = Watch(), ResolutionGrowing(STAGES, **options.pop("growing", {}))
-    callbacks = [*options.pop("before", ()), StepSeed(), growing, watch, *options.pop("callbacks", ())]
-    limits = {} if options.keys() & {"max_epochs", "max_steps"} else {"max_steps": STEPS}
+def grow(name: str, folder: Path, data: Any, *callbacks: Callback, growing: Any = None, **options: Any) -> Ran:
+    """Train a network of this name while images grow."""
+    module = image_model(name, seed=1 if options.get("resume") else 0)
+    limits: dict[str, Any] = {} if options.keys() & {"max_epochs", "max_steps"} else {"max_steps": STEPS}
     if "max_epochs" not in options:
         limits |= {"val_check_interval": 4, "check_val_every_n_epoch": None}
-    trainer = quiet_trainer(folder, callbacks=callbacks, enable_checkpointing=True, **limits, **options)
-    trainer.fit(module, data, val_loader(), ckpt_path=resume)
-    return {
-        "tensors": [*module.state_dict().values(), *_tensors(trainer.optimizers[0].state_dict())],
-        "metrics": dict(trainer.callback_metrics),
-        "watch": watch,
-        "trainer": trainer,
-        "module": module,
-    }
+    parts = [*options.pop("before", ()), ResolutionGrowing(STAGES, **(growing or {})), *callbacks]
+    return run(module, data, folder, *parts, watch=Sizes(), val=val_loader(), **limits, **options)
 
 
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def sizes(ran: Ran) -> list[int]:
+    assert isinstance(ran.watch, Sizes)
+    return ran.watch.sizes
 
 
 # ---- sizes
@@ -75,26 +61,27 @@ def test_resizing_is_that_of_pillow() -> None:
     assert (resize(image, 20)[0] - expected).abs().max() <= 1.0
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", ANY_SIZE)
 @pytest.mark.parametrize("make", [sized_loader, full_loader])
 def test_any_network_sees_the_sizes_of_its_stages_and_is_validated_at_full_size(
     name: str, make: Callable[[], Any], tmp_path: Path
 ) -> None:
-    found = fit(name, tmp_path, make())
-    assert found["watch"].sizes == SIZES
-    assert set(found["watch"].validated) == {SIDE}
-    assert "batch_to_device" not in found["trainer"].strategy.__dict__
-    assert not [part for part in found["module"].modules() if "forward" in part.__dict__]
+    found = grow(name, tmp_path, make())
+    assert sizes(found) == SIZES
+    assert isinstance(found.watch, Sizes)
+    assert found.watch.validated == {FULL_SIDE}
+    assert "batch_to_device" not in found.trainer.strategy.__dict__
+    assert not [part for part in found.module.modules() if "forward" in part.__dict__]
 
 
 def test_the_loader_resizes_as_the_device_does(tmp_path: Path) -> None:
-    early, late = (fit("timm", tmp_path / str(i), data) for i, data in enumerate([sized_loader(), full_loader()]))
-    torch.testing.assert_close(early["watch"].losses, late["watch"].losses, rtol=1e-4, atol=1e-4)
+    early, late = (grow("timm", tmp_path / str(i), data) for i, data in enumerate([sized_loader(), full_loader()]))
+    torch.testing.assert_close(early.watch.losses, late.watch.losses, rtol=1e-4, atol=1e-4)
 
 
 def test_workers_that_prefetch_make_the_size_of_the_step(tmp_path: Path) -> None:
-    found = fit("by_hand", tmp_path, sized_loader(num_workers=2))
-    assert found["watch"].sizes == SIZES
+    found = grow("by_hand", tmp_path, sized_loader(num_workers=2))
+    assert sizes(found) == SIZES
 
 
 @pytest.mark.parametrize("limit", [{"max_steps": STEPS}, {"max_epochs": 2, "limit_train_batches": 4}])
@@ -102,36 +89,31 @@ def test_workers_that_prefetch_make_the_size_of_the_step(tmp_path: Path) -> None
 def test_sizes_follow_optimizer_steps_whatever_limits_the_run(
     limit: dict[str, int], window: int, tmp_path: Path
 ) -> None:
-    found = fit("by_hand", tmp_path, sized_loader(2), accumulate_grad_batches=window, **limit)
-    steps = found["trainer"].global_step
+    found = grow("by_hand", tmp_path, sized_loader(2), accumulate_grad_batches=window, **limit)
+    steps = found.trainer.global_step
     expected = [
         (8 if i / steps < 0.25 else 12 if i / steps < 0.625 else 16) for i in range(steps) for _ in range(window)
     ]
-    assert found["watch"].sizes == expected
+    assert sizes(found) == expected
 
 
 def test_in_a_run_limited_by_time_stages_follow_the_clock(tmp_path: Path) -> None:
-    found = fit("by_hand", tmp_path, sized_loader(), before=[StepTimer()], max_epochs=-1)
-    assert found["watch"].sizes == SIZES
+    found = grow("by_hand", tmp_path, sized_loader(), before=[StepTimer()], max_epochs=-1)
+    assert sizes(found) == SIZES
 
 
 def test_batches_grow_to_keep_tokens(tmp_path: Path) -> None:
-    found = fit("by_hand", tmp_path, sized_loader(), growing={"grow_batch": True})
-    assert found["watch"].samples == [16, 16, 7, 7, 7, 4, 4, 4]  # 4 (16 / s)^2
-    assert found["watch"].sizes == SIZES
+    found = grow("by_hand", tmp_path, sized_loader(), growing={"grow_batch": True})
+    assert found.watch.brought == [16, 16, 7, 7, 7, 4, 4, 4]  # 4 (16 / s)^2
+    assert sizes(found) == SIZES
 
 
 def test_the_last_stage_is_the_plain_run(tmp_path: Path) -> None:
     """With the first stages over, a step is that of a Trainer without the callback."""
     plain = image_model("timm")
-    reference = quiet_trainer(tmp_path, callbacks=[StepSeed()], max_steps=2)
-    reference.fit(plain, sized_loader())
-    grown = image_model("timm")
-    late = ResolutionGrowing([(0.0, 1.0)])
-    trainer = quiet_trainer(tmp_path, callbacks=[StepSeed(), late], max_steps=2)
-    trainer.fit(grown, sized_loader())
-    for one, other in zip(plain.parameters(), grown.parameters(), strict=True):
-        assert torch.equal(one, other)
+    run(plain, sized_loader(), tmp_path, max_steps=2)
+    run(grown := image_model("timm"), sized_loader(), tmp_path, ResolutionGrowing([(0.0, 1.0)]), max_steps=2)
+    assert_same(dict(plain.state_dict()), dict(grown.state_dict()))
 
 
 # ---- resume
@@ -146,17 +128,17 @@ def test_the_last_stage_is_the_plain_run(tmp_path: Path) -> None:
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, make: Any, growing: dict[str, Any], tmp_path: Path) -> None:
-    whole = fit(name, tmp_path, make(), callbacks=[save_every_step(tmp_path / "saved")], growing=growing)
+    whole = grow(name, tmp_path, make(), save_every_step(tmp_path / "saved"), growing=growing)
     for stop in (1, 2, 5, 7):
-        rest = fit(name, tmp_path, make(), tmp_path / "saved" / f"step={stop}.ckpt", growing=growing)
-        assert rest["watch"].sizes == SIZES[stop:]
-        assert rest["watch"].losses == whole["watch"].losses[stop:]
-        assert all(map(torch.equal, whole["tensors"], rest["tensors"])), stop
-        assert whole["metrics"] == rest["metrics"]
+        path = tmp_path / "saved" / f"step={stop}.ckpt"
+        rest = grow(name, tmp_path, make(), resume=path, growing=growing)
+        assert sizes(rest) == SIZES[stop:]
+        assert rest.watch.losses == whole.watch.losses[stop:]
+        assert_same(whole.left, rest.left, f"resumed at step {stop}")
 
 
 def test_other_stages_are_refused_at_resume(tmp_path: Path) -> None:
-    fit("by_hand", tmp_path, full_loader(), callbacks=[save_every_step(tmp_path / "saved")])
+    grow("by_hand", tmp_path, full_loader(), save_every_step(tmp_path / "saved"))
     trainer = quiet_trainer(tmp_path, callbacks=[ResolutionGrowing([(0.0, 0.5), (0.5, 1.0)])], max_steps=STEPS)
     with pytest.raises(ValueError, match=r"ResolutionGrowing\(stages=.* differs from the checkpoint's"):
         trainer.fit(image_model("by_hand"), full_loader(), ckpt_path=tmp_path / "saved" / "step=3.ckpt")
@@ -167,7 +149,7 @@ def test_other_stages_are_refused_at_resume(tmp_path: Path) -> None:
 
 def test_the_clock_prices_each_size(tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
-    fit("by_hand", tmp_path, sized_loader(), callbacks=[meter])
+    grow("by_hand", tmp_path, sized_loader(), meter)
     shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
     assert [(shape["resolution_growing/size"], shape["count"], shape["plain"]) for shape in shapes] == [
         (8, 2, False),
@@ -265,5 +247,5 @@ def test_models_that_cannot_take_other_sizes_are_refused(tmp_path: Path) -> None
 
 
 def test_patches_are_found() -> None:
-    assert [patch_size(image_model(name)) for name in IMAGES] == [4, 4, 4]
+    assert [patch_size(image_model(name)) for name in ANY_SIZE] == [4, 4, 4]
     assert patch_size(torch.nn.Conv2d(3, 8, 3, padding=1)) is None

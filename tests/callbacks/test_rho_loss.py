@@ -6,56 +6,33 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_scale.batches import count_samples
 from lit_scale.callbacks import RhoLoss
 from lit_scale.callbacks.rho_loss import top_reducible
 from lit_scale.cost import CostMeter
-from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import PlainTorch, build, loader, quiet_trainer, save_every_step, tiny_bert
-from tests.sized_models import image_model, sized_loader
+from tests.support.data import loader, sized_loader
+from tests.support.equality import assert_same
+from tests.support.networks import PlainTorch, build, image_model, tiny_bert
+from tests.support.training import Ran, quiet_trainer, run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 STEPS = 5
 
 
-class Watch(Callback):
-    """Notes the batches as they come and as they are trained."""
+class Weights(Callback):
+    """Keeps the weights that each step begins with."""
 
     def __init__(self) -> None:
-        self.brought: list[Any] = []
-        self.trained: list[Any] = []
-        self.losses: list[float] = []
         self.before: list[dict[str, Tensor]] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        method = type(pl_module).per_sample_loss
-
-        def noted(batch: Any) -> Tensor:
-            if pl_module.training:
-                self.trained.append(batch)
-            return method(pl_module, batch)
-
-        pl_module.per_sample_loss = noted
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.brought.append(batch)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.before.append({name: value.clone() for name, value in pl_module.state_dict().items()})
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())
 
-
-def fit(module: Any, data: Any, other: Any, folder: Path, *after: Callback, **options: Any) -> dict[str, Any]:
-    watch, resume = Watch(), options.pop("resume", None)
+def choose(module: Any, data: Any, other: Any, folder: Path, *also: Callback, **options: Any) -> Ran:
     technique = RhoLoss(other, share=options.pop("share", 0.25))
-    callbacks = [watch, StepSeed(), technique, *after]
-    trainer = quiet_trainer(folder, callbacks=callbacks, enable_checkpointing=True, max_steps=STEPS, **options)
-    trainer.fit(module, data, ckpt_path=resume)
-    states = trainer.optimizers[0].state_dict()["state"].values()
-    tensors = [*module.state_dict().values(), *(torch.as_tensor(v) for s in states for v in s.values())]
-    return {"watch": watch, "tensors": tensors, "technique": technique}
+    return run(module, data, folder, technique, *also, max_steps=STEPS, **options)
 
 
 def test_the_top_is_what_can_be_reduced_most() -> None:
@@ -74,11 +51,12 @@ def test_a_step_trains_those_that_two_models_tell_apart_most(planned: bool, tmp_
         module, other, data = image_model("by_hand"), image_model("by_hand", seed=7), sized_loader()
     else:
         module, other, data = build("plain_torch"), build("plain_torch", seed=7), loader("plain_torch", batch_size=16)
-    watch = fit(module, data, other, tmp_path)["watch"]
-    assert [count_samples(batch) for batch in watch.brought] == [16] * STEPS  # of the planned loader four times 4
+    weights = Weights()
+    watch = choose(module, data, other, tmp_path, weights).watch
+    assert watch.brought == [16] * STEPS  # of the planned loader four times 4
     again, other = type(module)(), other.eval()
-    for batch, trained, weights in zip(watch.brought, watch.trained, watch.before, strict=True):
-        again.load_state_dict(weights)
+    for batch, trained, begun_with in zip(watch.batches, watch.trained_batches, weights.before, strict=True):
+        again.load_state_dict(begun_with)
         with torch.no_grad():
             gap = again.eval().per_sample_loss(batch) - other.per_sample_loss(batch)
         chosen = gap.argsort(descending=True)[:4].sort().values
@@ -90,7 +68,7 @@ def test_the_second_model_never_changes_and_is_left_alone(tmp_path: Path) -> Non
     other = build("plain_torch", seed=7)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     other.train()
-    fit(build("plain_torch"), loader("plain_torch", batch_size=16), other, tmp_path)
+    choose(build("plain_torch"), loader("plain_torch", batch_size=16), other, tmp_path)
     assert all(
         torch.equal(value, other.state_dict()[name]) for name, value in before.items()
     )  # its counter of calls too
@@ -102,23 +80,24 @@ def test_a_checkpoint_serves_as_the_second_model_and_the_run_resumes(tmp_path: P
     trainer.fit(held_out := tiny_bert(seed=5), loader("bert"))
     trainer.save_checkpoint(path := tmp_path / "irreducible.ckpt")
     saver = save_every_step(tmp_path / "saved")
-    whole = fit(tiny_bert(), loader("bert", batch_size=8), path, tmp_path, saver)
-    same = fit(tiny_bert(), loader("bert", batch_size=8), held_out, tmp_path)
-    assert isinstance(whole["technique"]._other, BertMLM)
-    assert whole["watch"].losses == same["watch"].losses
+    whole = choose(tiny_bert(), loader("bert", batch_size=8), path, tmp_path, saver)
+    same = choose(tiny_bert(), loader("bert", batch_size=8), held_out, tmp_path)
+    (technique,) = (one for one in whole.trainer.callbacks if isinstance(one, RhoLoss))  # type: ignore[attr-defined]
+    assert isinstance(technique._other, BertMLM)
+    assert whole.watch.losses == same.watch.losses
     for stop in (1, 3):
         resume = tmp_path / "saved" / f"step={stop}.ckpt"
-        rest = fit(tiny_bert(seed=1), loader("bert", batch_size=8), path, tmp_path, resume=resume)
-        assert rest["watch"].losses == whole["watch"].losses[stop:]
-        assert all(map(torch.equal, whole["tensors"], rest["tensors"]))
+        rest = choose(tiny_bert(seed=1), loader("bert", batch_size=8), path, tmp_path, resume=resume)
+        assert rest.watch.losses == whole.watch.losses[stop:]
+        assert_same(whole.left, rest.left)
     with pytest.raises(ValueError, match=r"RhoLoss\(irreducible='\w+'\) differs from the checkpoint's"):
-        fit(tiny_bert(seed=1), loader("bert", batch_size=8), tiny_bert(seed=6), tmp_path, resume=resume)
+        choose(tiny_bert(seed=1), loader("bert", batch_size=8), tiny_bert(seed=6), tmp_path, resume=resume)
 
 
 def test_a_step_costs_two_forward_passes_more(tmp_path: Path) -> None:
     meter, plain = CostMeter(repeats=1), CostMeter(repeats=1)
-    fit(image_model("by_hand"), sized_loader(), image_model("by_hand"), tmp_path, meter)
-    quiet_trainer(tmp_path, callbacks=[StepSeed(), plain], max_steps=1).fit(image_model("by_hand"), sized_loader())
+    choose(image_model("by_hand"), sized_loader(), image_model("by_hand"), tmp_path, meter)
+    run(image_model("by_hand"), sized_loader(), tmp_path, plain, max_steps=1)
     step, unscored = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
     (reference,) = [shape for shape in plain.ledger.record()["step_kinds"] if shape["phase"] == "train"]
     assert (step["samples"], step["rho_loss/samples_kept"], step["plain"], step["price"]) == (16, 0.25, False, "replay")
@@ -135,11 +114,11 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         RhoLoss(build("plain_torch"), share=0.0)
     data, module = loader("plain_torch", batch_size=16), build("plain_torch")
     with pytest.raises(ValueError, match="PlainTorch is the model that is trained; give another"):
-        fit(module, data, module, tmp_path)
+        choose(module, data, module, tmp_path)
     with pytest.raises(ValueError, match="Mute has no method per_sample_loss"):
-        fit(module, data, Mute(), tmp_path)
+        choose(module, data, Mute(), tmp_path)
     with pytest.raises(ValueError, match="irreducible='no.ckpt' is no checkpoint of a PlainTorch"):
-        fit(module, data, "no.ckpt", tmp_path)
+        choose(module, data, "no.ckpt", tmp_path)
     torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="other.ckpt' is no checkpoint of a PlainTorch"):
-        fit(module, data, tmp_path / "other.ckpt", tmp_path)
+        choose(module, data, tmp_path / "other.ckpt", tmp_path)

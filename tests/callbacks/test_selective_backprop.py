@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import Callback
 
-from lit_scale.batches import count_samples
 from lit_scale.callbacks import SelectiveBackprop
 from lit_scale.callbacks.selective_backprop import select_by_percentile
 from lit_scale.cost import CostMeter
-from lit_scale.guards import StepSeed
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.equality import assert_same
+from tests.support.networks import build
+from tests.support.training import Ran, run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -21,36 +21,10 @@ STEPS = 8
 ALL: dict[str, Any] = {"start": 0.0, "end": 1.0, "interrupt": 0}
 
 
-class Watch(Callback):
-    """Notes how many samples are trained, which have what loss without dropout, and the loss of each step."""
-
-    def __init__(self) -> None:
-        self.trained: list[int] = []
-        self.losses: list[float] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        method = type(pl_module).per_sample_loss
-
-        def noted(batch: Any) -> Tensor:
-            if pl_module.training:
-                self.trained.append(count_samples(batch))
-            return method(pl_module, batch)
-
-        pl_module.per_sample_loss = noted
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())
-
-
-def fit(name: str, folder: Path, resume: Path | None = None, *after: Callback, **arguments: Any) -> dict[str, Any]:
-    options = {"max_steps": STEPS} | arguments.pop("options", {})
-    module, watch = build(name, seed=1 if resume else 0), Watch()
-    callbacks = [watch, StepSeed(), SelectiveBackprop(**arguments), *after]
-    trainer = quiet_trainer(folder, callbacks=callbacks, enable_checkpointing=True, **options)
-    trainer.fit(module, loader(name, batch_size=8, size=128), ckpt_path=resume)
-    states = trainer.optimizers[0].state_dict()["state"].values()
-    tensors = [*module.state_dict().values(), *(torch.as_tensor(v) for s in states for v in s.values())]
-    return {"watch": watch, "tensors": tensors, "metrics": dict(trainer.callback_metrics)}
+def choose(name: str, folder: Path, *also: Callback, resume: Path | None = None, **arguments: Any) -> Ran:
+    options = {"max_steps": STEPS, "resume": resume} | arguments.pop("options", {})
+    module, data = build(name, seed=1 if resume else 0), loader(name, batch_size=8, size=128)
+    return run(module, data, folder, SelectiveBackprop(**arguments), *also, **options)
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.25])
@@ -90,24 +64,23 @@ def test_a_loss_that_is_no_number_is_met() -> None:
     ],
 )
 def test_it_chooses_where_it_is_told_to(arguments: dict[str, Any], trained: list[int], tmp_path: Path) -> None:
-    assert fit("plain_torch", tmp_path, **arguments)["watch"].trained == trained
+    assert choose("plain_torch", tmp_path, **arguments).watch.trained == trained
 
 
 @pytest.mark.parametrize(("name", "window"), [("timm_vit", 1), ("hf_bert", 2), ("torch_encoder", 1), ("bert", 1)])
 def test_any_network_resumes_to_the_same_bits(name: str, window: int, tmp_path: Path) -> None:
     options = {"options": {"accumulate_grad_batches": window}}
     arguments: dict[str, Any] = {"start": 0.25, "interrupt": 3} | options
-    whole = fit(name, tmp_path, None, save_every_step(tmp_path / "saved"), **arguments)
-    assert {4, 8} == set(whole["watch"].trained)
-    rest = fit(name, tmp_path, tmp_path / "saved" / "step=3.ckpt", **arguments)
-    assert rest["watch"].losses == whole["watch"].losses[3 * window :]
-    assert all(map(torch.equal, whole["tensors"], rest["tensors"]))
-    assert whole["metrics"] == rest["metrics"]
+    whole = choose(name, tmp_path, save_every_step(tmp_path / "saved"), **arguments)
+    assert {4, 8} == set(whole.watch.trained)
+    rest = choose(name, tmp_path, resume=tmp_path / "saved" / "step=3.ckpt", **arguments)
+    assert rest.watch.losses == whole.watch.losses[3 * window :]
+    assert_same(whole.left, rest.left)
 
 
 def test_a_step_costs_the_losses_and_what_is_kept(tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
-    fit("torch_encoder", tmp_path, None, meter, start=0.5, end=1.0, interrupt=0)
+    choose("torch_encoder", tmp_path, meter, start=0.5, end=1.0, interrupt=0)
     shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
     assert [(s["selective_backprop/samples_kept"], s["plain"], s["count"], s["price"]) for s in shapes] == [
         (1.0, True, 4, "replay"),

@@ -3,15 +3,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, Dataset
 
-from lit_scale.callbacks import ResolutionGrowing, SequenceLengthWarmup
+from lit_scale.callbacks import SequenceLengthWarmup
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
-from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
-from tests.foreign_models import LENGTH, build, loader, quiet_trainer, save_every_step
+from tests.support.data import LENGTH, loader
+from tests.support.equality import assert_same
+from tests.support.networks import build
+from tests.support.training import Ran, quiet_trainer, run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -20,24 +22,8 @@ STAGES = [(0.0, 0.25), (0.25, 0.5), (0.625, 1.0)]  # a quarter, half and all of 
 PARTS = [4, 4, 2, 2, 2, 1, 1, 1]  # pieces that a sequence is cut into
 
 
-class Watch(Callback):
-    """Notes the shapes that the steps are given, and the losses."""
-
-    def __init__(self) -> None:
-        self.shapes: list[tuple[int, ...]] = []
-        self.ids: list[torch.Tensor] = []
-        self.validated: list[int] = []
-        self.losses: list[float] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.shapes.append(tuple(batch["input_ids"].shape))
-        self.ids.append(batch["input_ids"])
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].item())
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self.validated.append(batch["input_ids"].shape[1])
+def shapes(ran: Ran) -> list[tuple[int, ...]]:
+    return [tuple(batch["input_ids"].shape) for batch in ran.watch.batches]
 
 
 def text(corpus: Path, cache: Path, **options: Any) -> TextDataModule:
@@ -50,16 +36,9 @@ def bert(seed: int = 0) -> BertMLM:
     return BertMLM(258, 16, depth=2, width=16, num_heads=2, dropout=0.1, positions="rotary")
 
 
-def fit(module: LightningModule, data: Any, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    watch = Watch()
-    callbacks = [StepSeed(), SequenceLengthWarmup(STAGES), watch, *options.pop("callbacks", ())]
+def warm_up(module: LightningModule, data: Any, folder: Path, *also: Callback, **options: Any) -> Ran:
     limits = {"max_steps": STEPS, "val_check_interval": 4, "check_val_every_n_epoch": None}
-    trainer = quiet_trainer(folder, callbacks=callbacks, enable_checkpointing=True, **limits, **options)
-    inputs = {"datamodule": data} if isinstance(data, TextDataModule) else {"train_dataloaders": data}
-    trainer.fit(module, **inputs, ckpt_path=resume)
-    leaves = torch.utils._pytree.tree_leaves(trainer.optimizers[0].state_dict())
-    tensors = [*module.state_dict().values(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
-    return {"tensors": tensors, "metrics": dict(trainer.callback_metrics), "watch": watch}
+    return run(module, data, folder, SequenceLengthWarmup(STAGES), *also, **limits, **options)
 
 
 @pytest.mark.parametrize("mask_rate", [0.15, 0.0])
@@ -80,21 +59,21 @@ def test_our_text_is_cut_before_it_is_masked(mask_rate: float, tiny_corpus: Path
         return batch["input_ids"].shape[1]
 
     module = Logits(258, 16, depth=1, width=16, num_heads=2)
-    watch = fit(module, text(tiny_corpus, tmp_path, mask_rate=mask_rate), tmp_path)["watch"]
-    assert watch.shapes == [(4 * parts, 16 // parts) for parts in PARTS]
-    assert set(watch.validated) == {16}
+    ran = warm_up(module, text(tiny_corpus, tmp_path, mask_rate=mask_rate), tmp_path)
+    assert shapes(ran) == [(4 * parts, 16 // parts) for parts in PARTS]
+    assert {length(batch) for batch in ran.watch.validated_batches} == {16}
     if not mask_rate:
         data = text(tiny_corpus, tmp_path, mask_rate=0.0)
         data.prepare_data()
         data.setup()
-        for ids, whole in zip(watch.ids, data.train_dataloader(), strict=False):
-            assert torch.equal(ids.reshape(4, 16), whole["input_ids"])
+        for batch, whole in zip(ran.watch.batches, data.train_dataloader(), strict=False):
+            assert torch.equal(batch["input_ids"].reshape(4, 16), whole["input_ids"])
 
 
 @pytest.mark.parametrize("name", ["hf_bert", "hf_gpt2", "torch_encoder"])
 def test_the_batches_of_any_network_are_cut_on_the_device(name: str, tmp_path: Path) -> None:
-    found = fit(build(name), loader(name), tmp_path)
-    assert found["watch"].shapes == [(4 * parts, LENGTH // parts) for parts in PARTS]
+    found = warm_up(build(name), loader(name), tmp_path)
+    assert shapes(found) == [(4 * parts, LENGTH // parts) for parts in PARTS]
 
 
 def test_what_belongs_to_a_sample_goes_to_each_of_its_pieces() -> None:
@@ -114,18 +93,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(workers: int, tiny_corpus: Path,
     def data() -> TextDataModule:
         return text(tiny_corpus, tmp_path, num_workers=workers)
 
-    whole = fit(bert(), data(), tmp_path, callbacks=[save_every_step(tmp_path / "saved")])
+    whole = warm_up(bert(), data(), tmp_path, save_every_step(tmp_path / "saved"))
     for stop in (1, 2, 5, 7):
-        rest = fit(bert(seed=1), data(), tmp_path, tmp_path / "saved" / f"step={stop}.ckpt")
-        assert rest["watch"].shapes == whole["watch"].shapes[stop:]
-        assert rest["watch"].losses == whole["watch"].losses[stop:]
-        assert all(map(torch.equal, whole["tensors"], rest["tensors"])), stop
-        assert whole["metrics"] == rest["metrics"]
+        rest = warm_up(bert(seed=1), data(), tmp_path, resume=tmp_path / "saved" / f"step={stop}.ckpt")
+        assert shapes(rest) == shapes(whole)[stop:]
+        assert rest.watch.losses == whole.watch.losses[stop:]
+        assert_same(whole.left, rest.left, f"resumed at step {stop}")
 
 
 def test_the_clock_prices_each_length(tiny_corpus: Path, tmp_path: Path) -> None:
     meter = CostMeter(repeats=1)
-    fit(bert(), text(tiny_corpus, tmp_path), tmp_path, callbacks=[meter])
+    warm_up(bert(), text(tiny_corpus, tmp_path), tmp_path, meter)
     shapes = [shape for shape in meter.ledger.record()["step_kinds"] if shape["phase"] == "train"]
     assert [
         (shape["sequence_length_warmup/size"], shape["count"], shape["tokens"], shape["plain"]) for shape in shapes
@@ -167,10 +145,3 @@ def test_batches_without_sequences_are_refused(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=[SequenceLengthWarmup(STAGES)], max_steps=STEPS)
     with pytest.raises(ValueError, match="the batch holds no sequences"):
         trainer.fit(build("hf_bert"), DataLoader(Vectors()))
-
-
-def test_two_techniques_cannot_both_set_the_size(tmp_path: Path) -> None:
-    techniques = [SequenceLengthWarmup(STAGES), ResolutionGrowing([(0.0, 0.5), (0.5, 1.0)])]
-    trainer = quiet_trainer(tmp_path, callbacks=techniques, max_steps=STEPS)
-    with pytest.raises(ValueError, match="SequenceLengthWarmup and ResolutionGrowing both change the tokens of a step"):
-        trainer.fit(build("hf_bert"), loader("hf_bert"))

@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from lit_scale.callbacks import TokenDropping
 from lit_scale.callbacks.token_dropping import running_loss
 from lit_scale.models import BertMLM
-from tests.foreign_models import LENGTH, VOCABULARY, build, loader, quiet_trainer, save_every_step
-from tests.token_runs import MASK, STEPS, EveryPosition, Lengths, MustNotTrain, equal, made, train
+from tests.support.data import LENGTH, MASK, VOCABULARY, loader
+from tests.support.equality import assert_same, same
+from tests.support.networks import build
+from tests.support.tokens import STEPS, EveryPosition, Lengths, MustNotTrain, train
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -76,11 +79,11 @@ def test_easy_tokens_pass_the_middle_by_and_are_told_by_their_running_loss(accum
     assert min(table) < 8.0
 
 
-@pytest.mark.parametrize("name", ["hf_bert, masked", "torch_encoder, masked"])
+@pytest.mark.parametrize("name", ["masked_hf_bert", "masked_torch_encoder"])
 def test_easy_tokens_are_told_in_any_module_that_gives_its_losses(name: str, tmp_path: Path) -> None:
-    module = made(name)
+    module = build(name)
     lengths, dropping = Lengths(), TokenDropping(**EASY)
-    reshape = [EveryPosition()] * name.startswith("hf")
+    reshape = [EveryPosition()] * ("hf" in name)
     quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[*reshape, dropping, lengths]).fit(module, loader("bert"))
     # of four blocks only the third drops: two before it, one behind; BERT's norm stands behind its attention
     assert lengths.training == [[8, 8, 4, 8]] * STEPS
@@ -116,15 +119,14 @@ def test_the_running_losses_are_those_of_the_weights_that_were_loaded_last(tmp_p
     dropping, data = TokenDropping(**EASY), (loader("bert", size=20), loader("bert", size=4, shuffle=False))
     saving = save_every_step(tmp_path / "steps")
     trainer = quiet_trainer(tmp_path, callbacks=[dropping, saving], max_steps=4, enable_checkpointing=True)
-    trainer.fit(module := made("bert"), *data)
+    trainer.fit(module := build("bert"), *data)
     ended = dropping.state_dict()
     early = torch.load(tmp_path / "steps" / "step=2.ckpt", weights_only=True)
     trainer.validate(module, data[1], ckpt_path=tmp_path / "steps" / "step=2.ckpt", verbose=False)
-    assert not equal(dropping.state_dict(), ended)
+    assert not same(dropping.state_dict(), ended)
     trainer.save_checkpoint(again := tmp_path / "again.ckpt")
-    assert equal(
-        torch.load(again, weights_only=True)["callbacks"]["TokenDropping"], early["callbacks"]["TokenDropping"]
-    )
+    late = torch.load(again, weights_only=True)
+    assert_same(late["callbacks"]["TokenDropping"], early["callbacks"]["TokenDropping"])
 
 
 def test_without_the_running_losses_a_resumed_run_differs(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_without_the_running_losses_a_resumed_run_differs(tmp_path: Path) -> Non
     whole = train("bert", tmp_path, Forgetful(**settings), val_check_interval=5)
     path = tmp_path / "whole" / "step=5.ckpt"
     resumed = train("bert", tmp_path, Forgetful(**settings), resume=path, val_check_interval=5)
-    assert not equal(whole["weights"], resumed["weights"])
+    assert not same(whole["weights"], resumed["weights"])
 
 
 def test_settings_must_not_change_at_resume_nor_be_left_out(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(
     name: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[TokenDropping(**options), MustNotTrain()])
-    module = made(name)
+    module = build(name)
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, loader(name))
     assert not {"training_step", "per_token_loss"} & set(vars(module))

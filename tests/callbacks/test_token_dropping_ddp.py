@@ -17,7 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_scale.callbacks import MaskLater, RandomLTD, TokenDropping
 from lit_scale.factors.token_choice import TokenChoice
 from lit_scale.guards import StepSeed
-from tests.foreign_models import build, loader, quiet_trainer, save_every_step
+from tests.support.data import loader
+from tests.support.networks import build
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

@@ -17,8 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_scale.callbacks import MaskedTokenSkip, PatchDropping
 from lit_scale.guards import StepSeed
-from tests.foreign_models import quiet_trainer, save_every_step
-from tests.image_models import pictures, tiny_mae, viewer
+from tests.support.data import pictures
+from tests.support.networks import tiny_mae, viewer
+from tests.support.training import quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

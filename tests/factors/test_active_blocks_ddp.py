@@ -16,7 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_scale.factors.active_blocks import ActiveBlocks
 from lit_scale.guards import StepSeed
-from tests.foreign_models import OPTIMIZERS, build, loader, quiet_trainer
+from tests.support.data import loader
+from tests.support.networks import OPTIMIZERS, build
+from tests.support.training import quiet_trainer
 
 STEPS = 6
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from lit_scale.factors.blocks import BlockList, BlockStack, find_blocks
-from tests.foreign_models import CLASSES, DEPTH, FOREIGN, LENGTH, VOCABULARY, WIDTH, build
+from tests.support.data import CLASSES, LENGTH, VOCABULARY
+from tests.support.networks import DEPTH, FOREIGN, WIDTH, build
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lit_scale.callbacks import ImportanceSampling, RhoLoss, SelectiveBackprop
 from lit_scale.factors.scores import sample_losses
-from tests.foreign_models import PlainTorch, quiet_trainer
+from tests.support.networks import PlainTorch
+from tests.support.training import quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

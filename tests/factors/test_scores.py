@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lit_scale.factors.scores import check_outputs, output_gradients, sample_losses, watch_outputs
-from tests.foreign_models import CLASSES, FOREIGN, PlainTorch, build, loader
-from tests.image_models import tiny_mae
+from tests.support.data import CLASSES, loader
+from tests.support.networks import FOREIGN, PlainTorch, build, tiny_mae
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -11,26 +11,28 @@ from lightning.pytorch import Callback
 from lit_scale.callbacks import MaskLater, ProgressiveStacking, RandomLTD, TokenDropping
 from lit_scale.cost import CostMeter
 from lit_scale.factors.token_choice import TokenChoice
-from lit_scale.guards import StepSeed
-from tests.foreign_models import all_blocks, build, loader, quiet_trainer
-from tests.token_runs import KINDS, STEPS, Lengths, MustNotTrain, equal, made, make, path_of, train
+from tests.support.data import loader
+from tests.support.equality import assert_same, same
+from tests.support.networks import all_blocks, build, path_of
+from tests.support.tokens import KINDS, STEPS, Lengths, MustNotTrain, make, train
+from tests.support.training import fit, quiet_trainer, run
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("kind", [TokenDropping, RandomLTD])
-@pytest.mark.parametrize("name", ["bert", "torch_encoder, masked"])
+@pytest.mark.parametrize("name", ["bert", "masked_torch_encoder"])
 def test_evaluation_uses_all_tokens_and_nothing_is_left_after_training(
     name: str, kind: type[TokenChoice], tmp_path: Path
 ) -> None:
-    module = made(name, dropout=0.0)
+    module = build(name, dropout=0.0)
     before = [set(vars(block)) for block in all_blocks(module, path_of(module))]
     trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[make(kind, until=1.0)], val_check_interval=4)
     data = loader("bert", size=12, shuffle=False)
     trainer.fit(module, loader("bert"), data)
     during = trainer.callback_metrics["val/loss"]
     (after,) = quiet_trainer(tmp_path).validate(module, data, verbose=False)
-    plain = made(name, dropout=0.0)
+    plain = build(name, dropout=0.0)
     plain.load_state_dict(module.state_dict())
     (expected,) = quiet_trainer(tmp_path).validate(plain, data, verbose=False)
     assert during == after["val/loss"] == expected["val/loss"]
@@ -39,15 +41,13 @@ def test_evaluation_uses_all_tokens_and_nothing_is_left_after_training(
 
 
 def test_keeping_all_tokens_is_the_plain_run(tmp_path: Path) -> None:
-    def run(*callbacks: Callback) -> dict[str, Any]:
-        module = build("bert")
-        quiet_trainer(tmp_path, max_steps=4, callbacks=[StepSeed(), *callbacks]).fit(module, loader("bert"))
-        return module.state_dict()
+    def weights(*callbacks: Callback) -> Any:
+        return run(build("bert"), loader("bert"), tmp_path, *callbacks, max_steps=4).left["weights"]
 
-    plain = run()
+    plain = weights()
     for kind in (TokenDropping, RandomLTD):
-        assert equal(plain, run(make(kind, keep=1.0)))
-    assert not equal(plain, run(make(TokenDropping)))
+        assert_same(plain, weights(make(kind, keep=1.0)))
+    assert not same(plain, weights(make(TokenDropping)))
 
 
 # ---- exact resume
@@ -58,7 +58,7 @@ def test_keeping_all_tokens_is_the_plain_run(tmp_path: Path) -> None:
     [
         ("bert", TokenDropping, {}),
         ("bert", TokenDropping, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "meter": True}),
-        ("torch_encoder, masked", TokenDropping, {}),
+        ("masked_torch_encoder", TokenDropping, {}),
         ("bert", MaskLater, {}),
         ("bert", RandomLTD, {}),
         ("timm_vit", RandomLTD, {}),
@@ -71,9 +71,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole = train(name, tmp_path, make(kind), **options)
     for stop in (1, 3, 5):  # within an epoch, and at its end
         resumed = train(name, tmp_path, make(kind), resume=tmp_path / "whole" / f"step={stop}.ckpt", **options)
-        assert [part for part in whole if not equal(whole[part], resumed[part])] == [], f"resumed from step {stop}"
+        assert_same(whole, resumed, f"resumed at step {stop}")
     if kind is TokenDropping:
-        assert (whole["state"]["running_loss"] < 10.0).any()
+        assert (whole["techniques"]["token_dropping"]["running_loss"] < 10.0).any()
 
 
 def formerly(path: Path, name: str, **settings: Any) -> None:
@@ -99,7 +99,7 @@ def test_a_checkpoint_from_when_they_were_one_goes_on_with_token_dropping(tmp_pa
     whole = train("bert", tmp_path, make(TokenDropping))
     settings = {"keep": 0.5, "before": 0.5, "after": 1, "until": 1.0, "beta": 0.995, "prefix": None, "blocks": None}
     formerly(path := tmp_path / "whole" / "step=3.ckpt", "easy", special_ids=[0], **settings)
-    assert equal(whole, train("bert", tmp_path, make(TokenDropping), resume=path))
+    assert_same(whole, train("bert", tmp_path, make(TokenDropping), resume=path))
 
 
 # ---- what it costs
@@ -107,16 +107,14 @@ def test_a_checkpoint_from_when_they_were_one_goes_on_with_token_dropping(tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_clock_sees_the_shapes_and_its_replay_leaves_no_trace(kind: type[TokenChoice], tmp_path: Path) -> None:
-    found = {}
+    found = []
     for repeats in (0, 2):
-        module = build("bert", depth=6)
         dropping = make(kind, **({} if kind is MaskLater else {"until": 0.75}))
         meter = CostMeter(repeats=repeats)
-        trainer = quiet_trainer(tmp_path, max_steps=STEPS, callbacks=[StepSeed(), dropping, meter])
-        trainer.fit(module, loader("bert"))
-        record = meter.record(trainer, module)
-        found[repeats] = [module.state_dict(), trainer.optimizers[0].state_dict(), dropping.state_dict()]
-    assert equal(*found.values())
+        ran = run(build("bert", depth=6), loader("bert"), tmp_path, dropping, meter, max_steps=STEPS)
+        record = meter.record(ran.trainer, ran.module)
+        found.append(ran.left)
+    assert_same(*found)
     assert all(shape["price"] == "replay" for shape in record["step_kinds"])
     stages = {stage[f"{dropping.name}/kept"]: stage for stage in record["stages"]}
     shares = {TokenDropping: [0.5, 1.0], MaskLater: ["unmasked"], RandomLTD: [0.25, 0.5, 0.75, 1.0]}
@@ -125,8 +123,7 @@ def test_the_clock_sees_the_shapes_and_its_replay_leaves_no_trace(kind: type[Tok
     each = [stage["flops"] / stage["steps"] for stage in stages.values()]
     assert each == sorted(each)
     baseline = CostMeter(repeats=0)
-    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[baseline])
-    trainer.fit(build("bert", depth=6), loader("bert"))
+    fit(build("bert", depth=6), loader("bert"), tmp_path, baseline, max_steps=2)
     full = baseline.totals()["flops"] / 2
     (plain,) = (shape for shape in record["step_kinds"] if shape["plain"])
     assert plain["flops_each"] == full > each[0]
@@ -167,7 +164,7 @@ def test_with_progressive_stacking_it_resumes_exactly(kind: type[TokenChoice], o
     whole = train("bert", tmp_path, make(kind), **options)
     for stop in (1, 2, 5, 6):
         resumed = train("bert", tmp_path, make(kind), resume=tmp_path / "whole" / f"step={stop}.ckpt", **options)
-        assert [part for part in whole if not equal(whole[part], resumed[part])] == [], f"resumed from step {stop}"
+        assert_same(whole, resumed, f"resumed at step {stop}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lit_scale.factors.blocks import BlockStack, find_blocks
 from lit_scale.factors.tokens import TokenSpan, highest, late_span, mark_late, random_scores, release_tokens
 from lit_scale.nn import Encoder
-from tests.foreign_models import LENGTH, VOCABULARY, WIDTH, build
+from tests.support.data import LENGTH, VOCABULARY
+from tests.support.networks import WIDTH, build
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

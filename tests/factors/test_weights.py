@@ -20,7 +20,8 @@ from lit_scale.factors.weights import (
     unpack_bits,
     zero_slots,
 )
-from tests.foreign_models import DEPTH, OPTIMIZERS, WIDTH, build, loader, slots, tiny_bert
+from tests.support.data import loader
+from tests.support.networks import DEPTH, OPTIMIZERS, WIDTH, build, slots, tiny_bert
 
 # ---- which weights, and how many
 

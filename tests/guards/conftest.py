@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.guard_processes import Run
+from tests.support.processes import Run
 
 
 @pytest.fixture

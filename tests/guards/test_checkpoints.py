@@ -29,7 +29,10 @@ from lit_scale.guards import (
     check_writable,
     load_checkpoint,
 )
-from tests.guard_runs import Net, data, same, trainer
+from tests.support.data import numbers
+from tests.support.equality import same
+from tests.support.networks import Net
+from tests.support.training import trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,8 +41,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real checkpoint, saved through the plugin."""
     root = tmp_path_factory.mktemp("good")
-    fitted = trainer(root, StepSeed(), max_steps=3, plugins=[SafeCheckpointIO()])
-    fitted.fit(Net(), data())
+    fitted = trainer_of(root, StepSeed(), max_steps=3, plugins=[SafeCheckpointIO()])
+    fitted.fit(Net(), numbers())
     fitted.save_checkpoint(root / "good.ckpt")
     return root / "good.ckpt"
 
@@ -61,8 +64,8 @@ def refuse(path: Path, cause: str) -> None:
 
 
 def test_round_trip_is_exact_and_leaves_nothing_else(tmp_path: Path, good: Path) -> None:
-    fitted = trainer(tmp_path, StepSeed(), max_steps=3, plugins=[SafeCheckpointIO()])
-    fitted.fit(Net(), data())
+    fitted = trainer_of(tmp_path, StepSeed(), max_steps=3, plugins=[SafeCheckpointIO()])
+    fitted.fit(Net(), numbers())
     saved = load_checkpoint(good)
     assert same(saved["state_dict"], dict(fitted.lightning_module.state_dict()))
     assert [path.name for path in good.parent.iterdir()] == ["good.ckpt"]
@@ -162,9 +165,9 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path, good: Path, protocol: int
     refuse(bad, r"unsafe: loading would call posix\.mkdir")
     with pytest.raises(CheckpointError, match="posix"):
         SafeCheckpointIO().load_checkpoint(bad, weights_only=False)
-    resumed = trainer(folder, plugins=[SafeCheckpointIO()])
+    resumed = trainer_of(folder, plugins=[SafeCheckpointIO()])
     with pytest.raises(CheckpointError, match="posix"):
-        resumed.fit(Net(), data(), ckpt_path=bad, weights_only=False)
+        resumed.fit(Net(), numbers(), ckpt_path=bad, weights_only=False)
     bad.write_bytes(pickle.dumps({"pytorch-lightning_version": "2.6.6", "x": Payload(flag)}, protocol=protocol))
     refuse(bad, r"a bare pickle that calls posix\.mkdir")
     assert not flag.exists()

@@ -21,8 +21,11 @@ from lit_scale.guards import (
     StepSeed,
     load_checkpoint,
 )
-from tests.guard_processes import Run
-from tests.guard_runs import Net, data, same, snapshot, trainer
+from tests.support.data import numbers
+from tests.support.equality import same
+from tests.support.networks import Net
+from tests.support.processes import Run
+from tests.support.training import left, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,15 +57,15 @@ class Faulty(Net):
 def test_stops_before_the_update(tmp_path: Path, fault: str, accumulate: int) -> None:
     step = 5  # the window of this step begins with the bad micro-batch
     batch = (step - 1) * accumulate
-    clean = trainer(tmp_path, StepSeed(), max_steps=step - 1, accumulate_grad_batches=accumulate)
-    clean.fit(Net(), data())
+    clean = trainer_of(tmp_path, StepSeed(), max_steps=step - 1, accumulate_grad_batches=accumulate)
+    clean.fit(Net(), numbers())
 
-    guarded = trainer(tmp_path, StepSeed(), FiniteGuard(), accumulate_grad_batches=accumulate)
+    guarded = trainer_of(tmp_path, StepSeed(), FiniteGuard(), accumulate_grad_batches=accumulate)
     model = Faulty(fault, batch)
     with pytest.raises(NonFiniteError, match=rf"step {step} \(epoch 0, batch ") as caught:
-        guarded.fit(model, data())
+        guarded.fit(model, numbers())
     assert guarded.global_step == step - 1
-    assert same(snapshot(guarded), snapshot(clean))
+    assert same(left(guarded), left(clean))
     text = str(caught.value)
     if fault == "gradient":
         assert "gradient is not finite in body.0.weight," in text
@@ -74,17 +77,17 @@ def test_stops_before_the_update(tmp_path: Path, fault: str, accumulate: int) ->
 
 @pytest.mark.parametrize("fault", ["nan loss", "gradient"])
 def test_without_the_guard_the_weights_are_lost(tmp_path: Path, fault: str) -> None:
-    plain = trainer(tmp_path, StepSeed(), max_epochs=1)
-    plain.fit(Faulty(fault, 4), data())
-    assert not all(value.isfinite().all() for value in snapshot(plain).values())
+    plain = trainer_of(tmp_path, StepSeed(), max_epochs=1)
+    plain.fit(Faulty(fault, 4), numbers())
+    assert not all(value.isfinite().all() for value in left(plain)["weights"].values())
 
 
 def test_finite_runs_are_left_alone(tmp_path: Path) -> None:
     runs = []
     for callbacks in ([StepSeed()], [FiniteGuard(), StepSeed()]):
-        runs.append(trainer(tmp_path, *callbacks))
-        runs[-1].fit(Net(), data())
-    assert same(snapshot(runs[0]), snapshot(runs[1]))
+        runs.append(trainer_of(tmp_path, *callbacks))
+        runs[-1].fit(Net(), numbers())
+    assert same(left(runs[0]), left(runs[1]))
 
 
 class Lookup(pl.LightningModule):
@@ -103,19 +106,21 @@ class Lookup(pl.LightningModule):
 
 
 def test_sparse_and_very_large_gradients(tmp_path: Path) -> None:
-    trainer(tmp_path, FiniteGuard(), max_steps=2).fit(Lookup(1.0), data())
-    trainer(tmp_path, FiniteGuard(), max_steps=2).fit(Lookup(1e30), data())  # finite, though their squares are not
+    trainer_of(tmp_path, FiniteGuard(), max_steps=2).fit(Lookup(1.0), numbers())
+    trainer_of(tmp_path, FiniteGuard(), max_steps=2).fit(
+        Lookup(1e30), numbers()
+    )  # finite, though their squares are not
     bad = Lookup(1.0)
     bad.table.weight.register_hook(lambda g: g * math.inf)
     with pytest.raises(NonFiniteError, match=r"table\.weight"):
-        trainer(tmp_path, FiniteGuard(), max_steps=2).fit(bad, data())
+        trainer_of(tmp_path, FiniteGuard(), max_steps=2).fit(bad, numbers())
 
 
 def test_a_grad_scaler_may_meet_infinite_gradients(tmp_path: Path) -> None:
     def run(model: Net) -> pl.Trainer:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-        fitted = trainer(tmp_path, FiniteGuard(), max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-        fitted.fit(model, data())
+        fitted = trainer_of(tmp_path, FiniteGuard(), max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        fitted.fit(model, numbers())
         assert scaler.get_scale() < 2.0**126, "no infinite gradient was met, so nothing was tested"
         return fitted
 
@@ -150,15 +155,15 @@ def test_one_sync_per_step(tmp_path: Path) -> None:
                 super().on_before_optimizer_step(*args)
             counts.append(mode.syncs)
 
-    trainer(tmp_path, Counted(), max_steps=4, accumulate_grad_batches=2).fit(Net(), data())
+    trainer_of(tmp_path, Counted(), max_steps=4, accumulate_grad_batches=2).fit(Net(), numbers())
     assert counts == [1] * 4
 
 
 def test_the_last_checkpoint_stays_good(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_last=True, save_on_exception=True)
-    guarded = trainer(tmp_path, FiniteGuard(), keep, enable_checkpointing=True, plugins=[SafeCheckpointIO()])
+    guarded = trainer_of(tmp_path, FiniteGuard(), keep, enable_checkpointing=True, plugins=[SafeCheckpointIO()])
     with pytest.raises(NonFiniteError):
-        guarded.fit(Faulty("nan loss", 5), data())
+        guarded.fit(Faulty("nan loss", 5), numbers())
     saved = load_checkpoint(tmp_path / "c" / "last.ckpt")
     assert saved["global_step"] == 5
     assert all(value.isfinite().all() for value in saved["state_dict"].values())

@@ -19,8 +19,11 @@ from lit_scale.guards import (
     StepSeed,
     load_checkpoint,
 )
-from tests.guard_processes import Run, assert_same_end
-from tests.guard_runs import Net, Numbers, SaveAt, data, same, snapshot, trainer
+from tests.support.data import Numbers, numbers
+from tests.support.equality import same
+from tests.support.networks import Net
+from tests.support.processes import Run, assert_same_end
+from tests.support.training import SaveAt, left, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,23 +60,23 @@ def preempt(tmp_path: Path, hook: str, at: int, **options: Any) -> tuple[int, Pa
     """Signal, leave, resume: the step left at, the file, both logs of hooks, and whether the end is the same."""
     options = {"accumulate_grad_batches": 2, "val_check_interval": 8} | options
     validation = torch.utils.data.DataLoader(Numbers(), batch_size=16)
-    whole = trainer(tmp_path, StepSeed(), straight := Signal(), **options)
-    whole.fit(Net(after_batch=True), data(), validation)
+    whole = trainer_of(tmp_path, StepSeed(), straight := Signal(), **options)
+    whole.fit(Net(after_batch=True), numbers(), validation)
 
     first = Signal(hook, at)
-    stopped = trainer(tmp_path, PreemptionGuard(tmp_path / "p"), StepSeed(), first, **options)
-    with pytest.raises(SystemExit) as left:
-        stopped.fit(Net(after_batch=True), data(), validation)
-    assert left.value.code == 143
+    stopped = trainer_of(tmp_path, PreemptionGuard(tmp_path / "p"), StepSeed(), first, **options)
+    with pytest.raises(SystemExit) as ended:
+        stopped.fit(Net(after_batch=True), numbers(), validation)
+    assert ended.value.code == 143
     (path,) = (tmp_path / "p").iterdir()  # one file, and nothing provisional or temporary
 
     second = Signal()
-    resumed = trainer(tmp_path, PreemptionGuard(tmp_path / "q"), StepSeed(), second, **options)
+    resumed = trainer_of(tmp_path, PreemptionGuard(tmp_path / "q"), StepSeed(), second, **options)
     torch.manual_seed(999)
-    resumed.fit(Net(after_batch=True), data(), validation, ckpt_path=path)
+    resumed.fit(Net(after_batch=True), numbers(), validation, ckpt_path=path)
     assert resumed.global_step == whole.global_step
     step = stopped.global_step
-    return step, path, straight.events, first.events + second.events, same(snapshot(resumed), snapshot(whole))
+    return step, path, straight.events, first.events + second.events, same(left(resumed), left(whole))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +120,8 @@ def test_lightning_leaves_out_what_follows_a_step_it_resumes_from(tmp_path: Path
     """The reason for the spare file: should Lightning mend this, the guard can leave at once."""
     log = Signal()
     with pytest.raises(KeyError):
-        trainer(tmp_path, SaveAt(16, tmp_path / "a.ckpt")).fit(Net(), data())
-    trainer(tmp_path, log).fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
+        trainer_of(tmp_path, SaveAt(16, tmp_path / "a.ckpt")).fit(Net(), numbers())
+    trainer_of(tmp_path, log).fit(Net(), numbers(), ckpt_path=tmp_path / "a.ckpt")
     assert "end 0" not in log.events
     assert "start 1" not in log.events
 
@@ -134,8 +137,8 @@ def test_lightning_leaves_out_what_follows_a_step_it_resumes_from(tmp_path: Path
 def test_a_run_that_ends_first_ends_normally(tmp_path: Path, at: int, steps: int, options: dict[str, int]) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     guard, sent = PreemptionGuard(tmp_path / "p"), Signal("batch", at)
-    ending = trainer(tmp_path, guard, sent, accumulate_grad_batches=2, **options)
-    ending.fit(Net(), data(), torch.utils.data.DataLoader(Numbers(), batch_size=16))
+    ending = trainer_of(tmp_path, guard, sent, accumulate_grad_batches=2, **options)
+    ending.fit(Net(), numbers(), torch.utils.data.DataLoader(Numbers(), batch_size=16))
     assert ending.global_step == steps
     assert not list((tmp_path / "p").iterdir())
     assert {number: signal.getsignal(number) for number in before} == before
@@ -151,7 +154,7 @@ def test_handlers_are_restored_after_an_error(tmp_path: Path) -> None:
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        trainer(tmp_path, PreemptionGuard()).fit(Fails(), data())
+        trainer_of(tmp_path, PreemptionGuard()).fit(Fails(), numbers())
     assert inside[0] != before[signal.SIGINT]
     assert {number: signal.getsignal(number) for number in before} == before
 
@@ -160,17 +163,17 @@ def test_it_works_again_in_the_same_process(tmp_path: Path) -> None:
     guard = PreemptionGuard(tmp_path)
     for _ in range(2):
         with pytest.raises(SystemExit):
-            trainer(tmp_path, guard, Signal("batch", 3)).fit(Net(), data())
-    trainer(tmp_path, guard).fit(Net(), data())
+            trainer_of(tmp_path, guard, Signal("batch", 3)).fit(Net(), numbers())
+    trainer_of(tmp_path, guard).fit(Net(), numbers())
 
 
 def test_a_repeated_signal_does_not_cut_the_teardown_short(tmp_path: Path) -> None:
     guard = PreemptionGuard(tmp_path)
-    stopped, seen = trainer(tmp_path, guard, Signal("batch", 3)), []
+    stopped, seen = trainer_of(tmp_path, guard, Signal("batch", 3)), []
     teardown = stopped.strategy.teardown
     stopped.strategy.teardown = lambda: seen.append(signal.getsignal(signal.SIGTERM)) or teardown()
     with pytest.raises(SystemExit):
-        stopped.fit(Net(), data())
+        stopped.fit(Net(), numbers())
     assert seen == [guard._note]
 
 
@@ -181,14 +184,14 @@ def test_a_second_sigint_interrupts_at_once(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    stopped = trainer(tmp_path, PreemptionGuard(tmp_path / "p"), Twice(), accumulate_grad_batches=2)
+    stopped = trainer_of(tmp_path, PreemptionGuard(tmp_path / "p"), Twice(), accumulate_grad_batches=2)
     previous = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(SystemExit) as left:
-            stopped.fit(Net(), data())
+        with pytest.raises(SystemExit) as ended:
+            stopped.fit(Net(), numbers())
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert left.value.code == 1  # Lightning's answer to an interrupt
+    assert ended.value.code == 1  # Lightning's answer to an interrupt
     assert not (tmp_path / "p").exists()
 
 
@@ -196,11 +199,11 @@ def test_where_it_saves_and_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     keep = ModelCheckpoint(tmp_path / "kept here", every_n_train_steps=100)
     guard = PreemptionGuard(resume_command="again --from {path} --set {a}")
     with pytest.raises(SystemExit):
-        trainer(tmp_path, guard, keep, Signal("batch", 3), enable_checkpointing=True).fit(Net(), data())
+        trainer_of(tmp_path, guard, keep, Signal("batch", 3), enable_checkpointing=True).fit(Net(), numbers())
     path = tmp_path / "kept here" / "preempted-step=4.ckpt"
     assert f"SIGTERM: saved {path}; resume with: again --from '{path}' --set {{a}}\n" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        trainer(tmp_path / "root", PreemptionGuard(), Signal("batch", 3)).fit(Net(), data())
+        trainer_of(tmp_path / "root", PreemptionGuard(), Signal("batch", 3)).fit(Net(), numbers())
     path = tmp_path / "root" / "preempted-step=4.ckpt"
     assert f"resume with: trainer.fit(..., ckpt_path={path})\n" in capsys.readouterr().out
     assert load_checkpoint(path)["global_step"] == 4
@@ -215,7 +218,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
     def fit() -> None:
         try:
-            trainer(tmp_path, PreemptionGuard()).fit(Net(), data())
+            trainer_of(tmp_path, PreemptionGuard()).fit(Net(), numbers())
         except RuntimeError as error:
             caught.append(error)
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from lit_scale.guards import (
     StepSeed,
 )
-from tests.guard_runs import Net, Numbers, SaveAt, data, same, snapshot, trainer
+from tests.support.data import Numbers, numbers
+from tests.support.equality import same
+from tests.support.networks import Net
+from tests.support.training import SaveAt, left, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,18 +35,18 @@ def resume_differs(
 ) -> bool:
     """Whether a run stopped at a step and resumed in a dirty process state ends other than the uninterrupted one."""
     validation = torch.utils.data.DataLoader(Numbers(), batch_size=16) if options.pop("validate", False) else None
-    whole = trainer(tmp_path, *callbacks(), **options)
+    whole = trainer_of(tmp_path, *callbacks(), **options)
     torch.manual_seed(1)
-    whole.fit(model(), data(), validation)
+    whole.fit(model(), numbers(), validation)
     path = tmp_path / "stop.ckpt"
     with pytest.raises(KeyError, match="stop"):
-        trainer(tmp_path, *callbacks(), SaveAt(stop, path), **options).fit(model(), data(), validation)
-    second = trainer(tmp_path, *callbacks(), **options)
+        trainer_of(tmp_path, *callbacks(), SaveAt(stop, path), **options).fit(model(), numbers(), validation)
+    second = trainer_of(tmp_path, *callbacks(), **options)
     fresh = model()
     torch.manual_seed(999)
-    second.fit(fresh, data(), validation, ckpt_path=path)
+    second.fit(fresh, numbers(), validation, ckpt_path=path)
     assert second.global_step == whole.global_step
-    return not same(snapshot(second), snapshot(whole))
+    return not same(left(second), left(whole))
 
 
 @pytest.mark.parametrize("stop", [1, 7, 15, 16, 17])  # 16 batches an epoch
@@ -73,10 +76,10 @@ class Seeds(pl.Callback):
 @pytest.mark.parametrize("stop", [7, 16])
 def test_the_counter_goes_on_where_it_stopped(tmp_path: Path, stop: int) -> None:
     logs = [Seeds(), Seeds(), Seeds()]
-    trainer(tmp_path, StepSeed(), logs[0]).fit(Net(), data())
+    trainer_of(tmp_path, StepSeed(), logs[0]).fit(Net(), numbers())
     with pytest.raises(KeyError):
-        trainer(tmp_path, StepSeed(), logs[1], SaveAt(stop, tmp_path / "a.ckpt")).fit(Net(), data())
-    trainer(tmp_path, StepSeed(), logs[2]).fit(Net(), data(), ckpt_path=tmp_path / "a.ckpt")
+        trainer_of(tmp_path, StepSeed(), logs[1], SaveAt(stop, tmp_path / "a.ckpt")).fit(Net(), numbers())
+    trainer_of(tmp_path, StepSeed(), logs[2]).fit(Net(), numbers(), ckpt_path=tmp_path / "a.ckpt")
     assert logs[1].seeds + logs[2].seeds == logs[0].seeds
     assert len(set(logs[0].seeds)) == 32, "no batch shares its seed"
 
@@ -84,8 +87,8 @@ def test_the_counter_goes_on_where_it_stopped(tmp_path: Path, stop: int) -> None
 def test_validation_draws_the_same_and_shifts_nothing(tmp_path: Path) -> None:
     validation = torch.utils.data.DataLoader(Numbers(), batch_size=16)
     with_validation, without = Net(), Net()
-    trainer(tmp_path, StepSeed()).fit(with_validation, data(), validation)
-    trainer(tmp_path, StepSeed()).fit(without, data())
+    trainer_of(tmp_path, StepSeed()).fit(with_validation, numbers(), validation)
+    trainer_of(tmp_path, StepSeed()).fit(without, numbers())
     assert with_validation.losses == without.losses
     first, second = with_validation.validated[:2], with_validation.validated[2:]
     assert first == second

@@ -12,8 +12,9 @@ from lit_scale.cost import CostMeter
 from lit_scale.models import ProbeAtEnd, fine_tune, linear_probe
 from lit_scale.models.probe import solve
 from lit_scale.schedules import warmup_cosine
-from tests.foreign_models import CLASSES, build, quiet_trainer
-from tests.image_models import Pictures, pictures, tiny_mae
+from tests.support.data import CLASSES, Pictures, pictures
+from tests.support.networks import build, tiny_mae
+from tests.support.training import quiet_trainer
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -1,10 +1,10 @@
 """The recipe's own file: what it trains, by default and as a control."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
@@ -12,17 +12,12 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bert_random_ltd.py"
 ROOT = "runs/bert_random_ltd"
 
 
-def run(tiny, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *tiny.flags, *args])
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+def run(tiny, *args):
+    return run_file(RECIPE, *tiny.flags, *args)
 
 
-def test_the_recipe_drops_fewer_and_fewer_tokens(tiny, monkeypatch, capsys):
-    assert run(tiny, monkeypatch, "--random_ltd.keep=0.25", "--random_ltd.stages=3", "--trainer.max_steps=20") == 0
+def test_the_recipe_drops_fewer_and_fewer_tokens(tiny, capsys):
+    assert run(tiny, "--random_ltd.keep=0.25", "--random_ltd.stages=3", "--trainer.max_steps=20") == 0
     record, printed = tiny.record(ROOT), capsys.readouterr()
     assert [stage["random_ltd/kept"] for stage in record["stages"]] == [0.25, 0.5, 0.75, 1.0]
     each = [stage["flops"] / stage["steps"] for stage in record["stages"]]
@@ -32,10 +27,10 @@ def test_the_recipe_drops_fewer_and_fewer_tokens(tiny, monkeypatch, capsys):
     assert printed.err == ""
 
 
-def test_as_a_control_it_keeps_the_same_share_throughout(tiny, monkeypatch):
+def test_as_a_control_it_keeps_the_same_share_throughout(tiny):
     """The command that token dropping's static control is run by."""
     flags = "--random_ltd.keep 0.5 --random_ltd.before 2 --random_ltd.after 1 --random_ltd.until 1.0"
-    assert run(tiny, monkeypatch, *flags.split(), "--random_ltd.stages", "1") == 0
+    assert run(tiny, *flags.split(), "--random_ltd.stages", "1") == 0
     (stage,) = tiny.record(ROOT)["stages"]
     assert stage["random_ltd/kept"] == 0.5
     assert stage["steps"] == 8
@@ -51,8 +46,8 @@ def test_as_a_control_it_keeps_the_same_share_throughout(tiny, monkeypatch):
         ("beta=0.9", 2, "--random_ltd.beta=0.9"),
     ],
 )
-def test_flags_that_cannot_work_are_one_line(tiny, monkeypatch, capsys, flag, code, message):
-    assert run(tiny, monkeypatch, f"--random_ltd.{flag}") == code
+def test_flags_that_cannot_work_are_one_line(tiny, capsys, flag, code, message):
+    assert run(tiny, f"--random_ltd.{flag}") == code
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

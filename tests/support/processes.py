@@ -1,23 +1,131 @@
-"""Training scripts in processes of their own, for tests of the guards: signalled, killed, and left alone."""
+"""Scripts and recipes run in processes of their own, and the two ranks of a distributed run.
 
+`run_python` runs a script to its end. `run_file` runs one in this process, as its command line would. A test of two
+ranks runs its own file by `run_ranks`: Lightning starts the second process, `run_phases` trains there from the start
+and from saved steps, and `of_ranks` is what both left in a folder. `Run` is a training script that can be signalled.
+"""
+
+import contextlib
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lit_scale.guards import load_checkpoint
+from tests.support.equality import assert_same
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# What a distributed launcher leaves in the environment; a script of its own must not take itself for a rank.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+def environment(**more: str) -> dict[str, str]:
+    """Variables for a process that is no rank, can import the repository, and has one thread."""
+    variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    path = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    return variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)} | more
 
+
+def end_group(process: "subprocess.Popen[Any]") -> None:
+    """Kill a process that leads its own group, and with it the ranks and workers that it started."""
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_python(
+    script: str | Path,
+    *args: str | Path,
+    folder: Path,
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+    cwd: str | Path | None = None,
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script, a path or a text that is left in the folder, in a process of its own; see the fixture."""
+    if isinstance(script, str):
+        text, script = script, folder / "script.py"
+        script.write_text(textwrap.dedent(text))
+    command = [sys.executable, str(script), *map(str, args)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**(env or {})),
+        cwd=cwd or folder,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            end_group(process)
+            stdout, stderr = process.communicate()
+            print(stdout, stderr, sep="\n")
+            raise
+        finally:
+            end_group(process)  # nothing that a script started outlives its test
+    if process.returncode:
+        print(stdout, stderr, sep="\n")
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def run_file(path: Path, *flags: str) -> int:
+    """Run a recipe's own file in this process, as its command line would; the exit code."""
+    given, sys.argv = sys.argv, [str(path), *flags]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as error:
+        return int(error.code or 0)
+    finally:
+        sys.argv = given
+    return 0
+
+
+# ---- two ranks
+
+
+def run_ranks(script: str, cases: Sequence[str], folder: Path, timeout: float = 280) -> str:
+    """Run the cases of a test's own file in two processes; what they printed."""
+    done = run_python(Path(script), ",".join(cases), folder, folder=folder, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return done.stdout
+
+
+def run_phases(case: str, folder: Path, stops: Sequence[int], fit: Callable[[Path, str, Path | None], Any]) -> None:
+    """Train as `fit(folder, phase, resume)` does, whole and from each stop; every rank leaves what it holds."""
+    torch.set_num_threads(1)
+    place = folder / case
+    place.mkdir(exist_ok=True)
+    for stop in (None, *stops):
+        phase = "whole" if stop is None else f"from {stop}"
+        resume = None if stop is None else place / "whole" / f"step={stop}.ckpt"
+        found = fit(place, phase, resume)
+        torch.save(found, place / f"{phase}-{dist.get_rank()}.pt")
+
+
+def cases_asked_for() -> tuple[list[str], Path]:
+    """In the processes that `run_ranks` started: the cases, and the folder."""
+    return sys.argv[1].split(","), Path(sys.argv[2])
+
+
+def of_ranks(folder: Path, phase: str = "whole") -> list[dict[str, Any]]:
+    """What the two ranks left of a phase."""
+    return [torch.load(folder / f"{phase}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+# ---- runs that are signalled
 
 # Training with dropout, shuffled data and accumulation over two batches. Slow where it is to be signalled: from step 3.
 TRAINING = """
@@ -102,14 +210,13 @@ class Run:
         self.root = root
         script = root / "train.py"
         script.write_text(TRAINING)
-        variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         self.log = root / "log.txt"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(script), str(root), repr(options)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env=environment(),
                 start_new_session=True,
             )
 
@@ -142,9 +249,5 @@ class Run:
 
 def assert_same_end(path: Path, other: Path) -> None:
     a, b = load_checkpoint(path), load_checkpoint(other)
-    assert a["global_step"] == b["global_step"]
-    for name, value in a["state_dict"].items():
-        assert torch.equal(value, b["state_dict"][name]), name
-    moments, others = (x["optimizer_states"][0]["state"] for x in (a, b))
-    for index, state in moments.items():
-        assert all(torch.equal(value, others[index][key]) for key, value in state.items())
+    for part in ("global_step", "state_dict", "optimizer_states"):
+        assert_same(a[part], b[part], part)
