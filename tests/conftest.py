@@ -51,6 +51,15 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a recipe that runs in this process, with its cache in it and no seed from outside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
 def tiny_corpus(tmp_path: Path) -> Path:
     """A folder of 40 small text files, about 60 kB altogether, the same in every run."""
     from tests.support.data import write_corpus

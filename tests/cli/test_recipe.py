@@ -26,6 +26,7 @@ from lit_scale.cli.recipe import _python
 from lit_scale.cli.report import comparison_table, priced_alike
 from lit_scale.datamodules import TextDataModule
 from lit_scale.models import BertMLM
+from tests.support.equality import same
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
@@ -55,11 +56,8 @@ class Model(BertMLM):
 
 
 @pytest.fixture
-def run(tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+def run(tiny_corpus: Path, own_folder: Path) -> Callable[..., dict[str, Any]]:
     """Run a tiny recipe with these flags; ``at=(step, what)`` lets something happen in that training step."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
     def run(*args: str, at: Any = None, bar: bool = False, **options: Any) -> dict[str, Any]:
         Model.act = at
@@ -85,8 +83,7 @@ def weights(root: Path | str) -> dict[str, torch.Tensor]:
 
 
 def same_weights(one: Path | str, other: Path | str) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return same(weights(one), weights(other))
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------

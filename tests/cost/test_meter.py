@@ -32,6 +32,8 @@ from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
 from lit_scale.technique import Technique
+from tests.support.equality import assert_same
+from tests.support.training import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec",
@@ -117,16 +119,7 @@ def images(size: int = 12, batch_size: int = 4) -> DataLoader:
 
 
 def trainer_of(root: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(default_root_dir=root, callbacks=list(callbacks), **(defaults | options))
+    return quiet_trainer(root, callbacks=list(callbacks), **({"use_distributed_sampler": True} | options))
 
 
 def fit(root: Path, module: LightningModule, loader: Any, *callbacks: Callback, **options: Any) -> dict[str, Any]:
@@ -343,22 +336,6 @@ def everything(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "logged": dict(trainer.callback_metrics),
         "random": (torch.get_rng_state(), random.getstate(), torch.from_numpy(numpy_state[1]), numpy_state[2]),
     }
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    if isinstance(one, Tensor):
-        assert one.dtype == other.dtype, where
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{where}[{index}]")
-    else:
-        assert one == other or (one != one and other != other), where
 
 
 def both(tmp_path: Path, make: Any, loader: Any, technique: Any = None, **options: Any) -> tuple[Any, Any, CostMeter]:

@@ -1,3 +1,4 @@
+import functools
 import io
 import os
 import pickle
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 from torch import Tensor
@@ -19,8 +20,11 @@ from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.transforms import v2
 
+import tests.support.training as support
 from lit_scale.datamodules import ImageDataModule, derive_seed, image_sources, resume, write_shards
 from lit_scale.datamodules.image_sources import UndecodableImageError
+from tests.support.equality import same
+from tests.support.networks import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
@@ -57,12 +61,6 @@ def build(pattern: str, tmp_path: Path) -> Build:
 
 def all_batches(loader: Any) -> list[Batch]:
     return list(loader)
-
-
-def equal(one: list[Batch], two: list[Batch]) -> bool:
-    return len(one) == len(two) and all(
-        torch.equal(a, b) for pair in zip(one, two, strict=True) for a, b in zip(*pair, strict=True)
-    )
 
 
 def plain(image: Image.Image) -> Tensor:
@@ -126,7 +124,9 @@ def test_a_share_of_the_training_images_has_a_wrong_class(build: Build) -> None:
     digits.setup()
     true = digits.train_set.source.labels[digits.train_set.rows]
     away = (digits.train_set.labels - true) % 10
-    counts = np.bincount(away[away > 0], minlength=10)[1:]  # all other classes alike: nine cells, 1% quantile of chi2
+    counts = np.bincount(away[away > 0], minlength=10)[
+        1:
+    ]  # all other classes alike: nine cells, 1% quantile of chi2
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 20.1
     assert len(away[away > 0]) / len(away) == pytest.approx(0.2, abs=0.02)
     with pytest.raises(ValueError, match=r"label_noise=1.0: must lie in \[0, 1\), such as 0.1"):
@@ -138,8 +138,8 @@ def test_parts_of_the_training_images_do_not_overlap(build: Build) -> None:
     assert sorted([*most, *rest]) == list(whole)
     assert (len(most), len(rest)) == (31, 10)  # of 41
     assert build(part=(0.75, 1.0)).settings()["part"] == [0.75, 1.0]
-    same = [build(part=part).validation_set.rows.tolist() for part in ((0.0, 1.0), (0.75, 1.0))]
-    assert same[0] == same[1]
+    alike = [build(part=part).validation_set.rows.tolist() for part in ((0.0, 1.0), (0.75, 1.0))]
+    assert alike[0] == alike[1]
     for part in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
         with pytest.raises(ValueError, match=r"must be two shares that rise from 0 to 1, such as \(0.0, 0.8\)"):
             ImageDataModule(part=part)
@@ -157,7 +157,7 @@ def test_a_folder_and_its_shards_are_the_same_images(build: Build, pattern: str,
     two = build(source=str(tmp_path / "written" / "train-000000.tar"))
     assert one.num_classes == two.num_classes == 4
     for loaders in ((one.train_dataloader(), two.train_dataloader()), (one.val_dataloader(), two.val_dataloader())):
-        assert equal(*map(all_batches, loaders))
+        assert same(*map(all_batches, loaders))
 
 
 def test_images_of_other_shapes_and_modes_become_one(build: Build, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_held_out_images_are_a_function_of_the_split_seed(build: Build, pattern:
     assert (train | validation, train & validation, len(validation)) == (set(range(46)), set(), 12)
     again = build(val_fraction=0.25, seed=2)
     assert again.validation_set.rows.tolist() == data.validation_set.rows.tolist()
-    assert equal(all_batches(again.val_dataloader()), all_batches(data.val_dataloader()))
+    assert same(all_batches(again.val_dataloader()), all_batches(data.val_dataloader()))
     assert build(val_fraction=0.25, split_seed=1).validation_set.rows.tolist() != data.validation_set.rows.tolist()
     some = build(val_fraction=0.25, max_val_images=5).validation_set.rows.tolist()
     assert len(some) == 5
@@ -362,7 +362,7 @@ def test_validation_never_changes(build: Build) -> None:
     data = build(val_fraction=0.5)
     loader = data.val_dataloader()
     first = all_batches(loader)
-    assert equal(all_batches(loader), first)
+    assert same(all_batches(loader), first)
     originals = pictures(46)
     for image, row in zip(torch.cat([batch for batch, _ in first]), data.validation_set.rows, strict=True):
         torch.testing.assert_close(image, plain(originals[row][0]))
@@ -376,8 +376,8 @@ def test_workers_and_memory_change_nothing(build: Build, cache_bytes: int) -> No
         data = build(num_workers=workers, cache_bytes=cache_bytes)
         for make, batches in zip((data.train_dataloader, data.val_dataloader), expected, strict=True):
             loader = make()
-            assert equal(all_batches(loader), batches)
-            assert equal(all_batches(loader), batches) == (make == data.val_dataloader)
+            assert same(all_batches(loader), batches)
+            assert same(all_batches(loader), batches) == (make == data.val_dataloader)
         assert data.train_set.processes == max(1, workers)
         held = sum(image.nbytes for image in data.train_set._kept.values())
         assert held == data.train_set._kept_bytes <= cache_bytes
@@ -400,7 +400,7 @@ def test_what_spawned_workers_are_sent_is_small(build: Build) -> None:
     expected = data.train_set.__getitems__([(0, position) for position in range(40)])
     sent = pickle.dumps(data.train_set)
     assert len(sent) < 10_000 < data.train_set._kept_bytes
-    assert equal([pickle.loads(sent).__getitems__([(0, position) for position in range(40)])], [expected])
+    assert same([pickle.loads(sent).__getitems__([(0, position) for position in range(40)])], [expected])
 
 
 @pytest.mark.parametrize("augmentation", ["none", "standard"])
@@ -411,9 +411,9 @@ def test_sized_batches_are_antialiased(build: Build, augmentation: str) -> None:
     assert not data.validation_set.sized
     full, labels = data.train_set.__getitems__([(1, 4), (1, 9)])
     for side in (None, 12):
-        assert equal([data.train_set.__getitems__([(1, 4, side), (1, 9, side)])], [(full, labels)])
-    small, same = data.train_set.__getitems__([(1, 4, 6), (1, 9, 6)])
-    assert torch.equal(same, labels)
+        assert same([data.train_set.__getitems__([(1, 4, side), (1, 9, side)])], [(full, labels)])
+    small, alike = data.train_set.__getitems__([(1, 4, 6), (1, 9, 6)])
+    assert torch.equal(alike, labels)
     torch.testing.assert_close(small, v2.functional.resize(full, [6, 6], antialias=True))
     assert not torch.allclose(small, F.interpolate(full, (6, 6), mode="bilinear"), atol=0.05)  # which aliases
 
@@ -518,35 +518,7 @@ def test_nothing_but_broken_images(build: Build, tmp_path: Path) -> None:
 
 # ---- under a Trainer
 
-
-class Recorder(LightningModule):
-    """Learns nothing; keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[Batch] = []
-
-    def training_step(self, batch: Batch) -> Tensor:
-        self.seen.append(tuple(batch))  # type: ignore[arg-type]
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch: Batch) -> None: ...
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-6)
-
-
-def quiet_trainer(**settings: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+quiet_trainer = functools.partial(support.quiet_trainer, num_sanity_val_steps=2)
 
 
 class SaveEvery(Callback):
@@ -562,17 +534,17 @@ def test_resumes_exactly(build: Build, tmp_path: Path, workers: int) -> None:
     def new() -> ImageDataModule:
         return build(setup=False, num_workers=workers)
 
-    full = Recorder()
+    full = Reader()
     quiet_trainer(max_steps=15, callbacks=[SaveEvery(tmp_path)]).fit(full, new())
     per_epoch = len(full.trainer.train_dataloader)
     assert per_epoch == 6
     for steps in (2, 6, 10):  # within an epoch, at its end, within the next
         path = tmp_path / f"{steps}.ckpt"
         assert torch.load(path, weights_only=True)["ImageDataModule"]["position"]["length"] == per_epoch
-        resumed = Recorder()
+        resumed = Reader()
         torch.manual_seed(steps)  # what comes next must not depend on the global generator
         quiet_trainer(max_steps=15).fit(resumed, new(), ckpt_path=path)
-        assert equal(resumed.seen, full.seen[steps:])
+        assert same(resumed.seen, full.seen[steps:])
 
 
 @pytest.mark.parametrize(
@@ -590,24 +562,24 @@ def test_resumes_exactly(build: Build, tmp_path: Path, workers: int) -> None:
 )
 def test_resume_on_other_data_is_refused(build: Build, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     trainer = quiet_trainer(max_steps=2)
-    trainer.fit(Recorder(), build(setup=False))
+    trainer.fit(Reader(), build(setup=False))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=f"the checkpoint was trained on other data.*{message}"):
-        quiet_trainer(max_steps=4).fit(Recorder(), build(setup=False, **change), ckpt_path=tmp_path / "x.ckpt")
-    quiet_trainer().validate(Recorder(), build(setup=False, **change), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+        quiet_trainer(max_steps=4).fit(Reader(), build(setup=False, **change), ckpt_path=tmp_path / "x.ckpt")
+    quiet_trainer().validate(Reader(), build(setup=False, **change), ckpt_path=tmp_path / "x.ckpt", verbose=False)
 
 
 def test_shards_may_move_between_two_parts_of_a_run(build: Build, pattern: str, tmp_path: Path) -> None:
     state = build().state_dict()
     os.rename(tmp_path / "shards", tmp_path / "moved")
-    same = build(source=str(tmp_path / "moved" / "train-*.tar"))
-    same.load_state_dict(state)
-    assert same.state_dict()["settings"] == state["settings"]
+    alike = build(source=str(tmp_path / "moved" / "train-*.tar"))
+    alike.load_state_dict(state)
+    assert alike.state_dict()["settings"] == state["settings"]
 
 
 def test_command_line(pattern: str) -> None:
     arguments = [f"--data.source=[{pattern}]", "--data.mean=[0.1, 0.2, 0.3]", "--data.augmentation=none"]
-    cli = LightningCLI(Recorder, ImageDataModule, run=False, save_config_callback=None, args=arguments)
+    cli = LightningCLI(Reader, ImageDataModule, run=False, save_config_callback=None, args=arguments)
     assert (cli.datamodule.source, cli.datamodule.mean) == ([pattern], (0.1, 0.2, 0.3))
 
 

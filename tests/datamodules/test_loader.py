@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, Dataset
 
+import tests.support.training as support
 from lit_scale.datamodules.loader import ResumableLoader, data_ranks
 from lit_scale.seeds import derive_seed
 
@@ -312,13 +313,7 @@ class SaveAt(Callback):
 
 def quiet_trainer(**settings: Any) -> Trainer:
     settings = {"max_epochs": 3, "accelerator": "cpu", "devices": 1} | settings
-    return Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    return support.quiet_trainer(num_sanity_val_steps=2, use_distributed_sampler=True, **settings)
 
 
 def fit(loader: Any, ckpt_path: Path | None = None, recorder: type[Recorder] = Recorder, **settings: Any) -> list[Any]:

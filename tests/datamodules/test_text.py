@@ -1,5 +1,6 @@
 import doctest
 import errno
+import functools
 import json
 import math
 import os
@@ -17,8 +18,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
+import tests.support.training as support
 from lit_scale.datamodules import TextDataModule, cache, corpus, loader, masking, text
 from lit_scale.datamodules.corpus import read_documents, split_documents
+from tests.support.equality import same
+from tests.support.networks import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
@@ -49,12 +53,6 @@ def texts_of(folder: Path) -> set[str]:
 
 def all_batches(loader: Any) -> list[dict[str, torch.Tensor]]:
     return list(loader)
-
-
-def equal(one: list[dict[str, torch.Tensor]], two: list[dict[str, torch.Tensor]]) -> bool:
-    return len(one) == len(two) and all(
-        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(one, two, strict=True)
-    )
 
 
 # ---- documents
@@ -256,7 +254,7 @@ def test_batches_of_a_causal_model(build: Build) -> None:
 def test_training_changes_with_the_epoch_and_validation_does_not(build: Build) -> None:
     data = build()
     train, validation = data.train_dataloader(), data.val_dataloader()
-    assert equal(all_batches(validation), all_batches(validation))
+    assert same(all_batches(validation), all_batches(validation))
     one, two = ({batch["input_ids"][0].sum().item() for batch in train} for _ in range(2))
     assert one != two
     by_row = []
@@ -272,7 +270,7 @@ def test_a_batch_across_the_end_of_an_epoch_is_that_of_its_two_parts(build: Buil
     sequences = build(mask_rate=mask_rate).train_set
     keys = [(0, 3, None), (0, 1, None), (1, 1, None), (1, 0, None), (1, 4, None)]
     whole, parts = sequences.__getitems__(keys), [sequences.__getitems__(own) for own in (keys[:2], keys[2:])]
-    assert equal([whole], [{name: torch.cat([part[name] for part in parts]) for name in whole}])
+    assert same([whole], [{name: torch.cat([part[name] for part in parts]) for name in whole}])
     if mask_rate:
         assert not torch.equal(whole["positions"][1], whole["positions"][2])  # one sequence, in two epochs
 
@@ -281,7 +279,7 @@ def test_workers_make_the_same_batches(build: Build) -> None:
     alone, helped = build(), build(num_workers=2)
     for epoch_of in (TextDataModule.train_dataloader, TextDataModule.val_dataloader):
         one, two = epoch_of(alone), epoch_of(helped)
-        assert equal(all_batches(one) + all_batches(one), all_batches(two) + all_batches(two))
+        assert same(all_batches(one) + all_batches(one), all_batches(two) + all_batches(two))
 
 
 def test_workers_that_are_not_forked_map_the_file(build: Build) -> None:
@@ -289,7 +287,7 @@ def test_workers_that_are_not_forked_map_the_file(build: Build) -> None:
     for dataset in (data.train_set, data.validation_set):
         sent = pickle.dumps(dataset)
         assert len(sent) < 2000
-        assert equal([pickle.loads(sent).__getitems__([0, 3])], [dataset.__getitems__([0, 3])])
+        assert same([pickle.loads(sent).__getitems__([0, 3])], [dataset.__getitems__([0, 3])])
 
 
 def test_validation_on_a_fixed_part(build: Build) -> None:
@@ -463,42 +461,14 @@ def test_bpe_of_the_standard_library_is_fast(tmp_path: Path) -> None:
 
 # ---- under a Trainer
 
-
-class Recorder(LightningModule):
-    """Learns nothing; keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.seen.append(batch)
-        return self.weight * batch["input_ids"].float().mean()
-
-    def validation_step(self, batch: dict[str, torch.Tensor]) -> None: ...
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-6)
-
-
-def quiet_trainer(**settings: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+quiet_trainer = functools.partial(support.quiet_trainer, num_sanity_val_steps=2)
 
 
 @pytest.fixture
 def checkpoint(build: Build, tmp_path: Path) -> Callable[..., Path]:
     def make(steps: int, **settings: Any) -> Path:
         trainer = quiet_trainer(max_steps=steps)
-        trainer.fit(Recorder(), build(setup=False, **settings))
+        trainer.fit(Reader(), build(setup=False, **settings))
         path = tmp_path / f"{steps}.ckpt"
         trainer.save_checkpoint(path)
         return path
@@ -511,16 +481,16 @@ def test_resumes_exactly(build: Build, checkpoint: Callable[..., Path], workers:
     def new() -> TextDataModule:
         return build(setup=False, batch_size=64, sequence_length=128, num_workers=workers)
 
-    full = Recorder()
+    full = Reader()
     quiet_trainer(max_steps=10).fit(full, new())
     per_epoch = len(full.trainer.train_dataloader)
     assert per_epoch < 8
     for steps in (2, per_epoch, per_epoch + 1):
         path = checkpoint(steps, batch_size=64, sequence_length=128)
         assert torch.load(path, weights_only=True)["TextDataModule"]["position"]["length"] == per_epoch
-        resumed = Recorder()
+        resumed = Reader()
         quiet_trainer(max_steps=10).fit(resumed, new(), ckpt_path=path)
-        assert equal(resumed.seen, full.seen[steps:])
+        assert same(resumed.seen, full.seen[steps:])
 
 
 def test_resumes_epochs_of_limited_length(build: Build, tmp_path: Path) -> None:
@@ -530,32 +500,32 @@ def test_resumes_epochs_of_limited_length(build: Build, tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
 
-    full = Recorder()
+    full = Reader()
     quiet_trainer(max_epochs=3, limit_train_batches=4, callbacks=[SaveAtEpochEnd()]).fit(full, build(setup=False))
     assert len(full.seen) == 12
     for epoch in (0, 1):
-        resumed = Recorder()
+        resumed = Reader()
         quiet_trainer(max_epochs=3, limit_train_batches=4).fit(
             resumed, build(setup=False), ckpt_path=tmp_path / f"{epoch}.ckpt"
         )
-        assert equal(resumed.seen, full.seen[4 * epoch + 4 :])
+        assert same(resumed.seen, full.seen[4 * epoch + 4 :])
 
 
 def test_overfitting_takes_the_first_batches(build: Build) -> None:
-    seen = Recorder()
+    seen = Reader()
     data = build(setup=False)
     with pytest.warns(UserWarning, match="overfit"):
         quiet_trainer(max_epochs=2, overfit_batches=2).fit(seen, data)
     expected = [data.train_set.__getitems__(range(8 * number, 8 * number + 8)) for number in (0, 1)]
-    assert equal(seen.seen, expected * 2)
+    assert same(seen.seen, expected * 2)
 
 
 def test_another_trainer_starts_afresh(build: Build) -> None:
     data, runs = build(setup=False), []
     for _ in range(2):
-        runs.append(Recorder())
+        runs.append(Reader())
         quiet_trainer(max_steps=5).fit(runs[-1], data)
-    assert equal(runs[0].seen, runs[1].seen)
+    assert same(runs[0].seen, runs[1].seen)
 
 
 @pytest.mark.parametrize(
@@ -582,9 +552,9 @@ def test_resume_on_other_data_is_refused(
         (tmp_path / "more.txt").write_text("one more")
         change = {"corpus": [str(tiny_corpus), str(tmp_path / "more.txt")]}
     with pytest.raises(ValueError, match=f"the checkpoint was trained on other data.*{message}"):
-        quiet_trainer(max_steps=4).fit(Recorder(), build(setup=False, **change), ckpt_path=path)
+        quiet_trainer(max_steps=4).fit(Reader(), build(setup=False, **change), ckpt_path=path)
     # but it can be evaluated there
-    quiet_trainer().validate(Recorder(), build(setup=False, **change), ckpt_path=path, verbose=False)
+    quiet_trainer().validate(Reader(), build(setup=False, **change), ckpt_path=path, verbose=False)
 
 
 def test_state_can_come_before_setup(build: Build) -> None:
@@ -605,7 +575,7 @@ def test_command_line(tiny_corpus: Path) -> None:
         "--data.vocab_size=300",
         "--data.max_val_sequences=null",
     ]
-    cli = LightningCLI(Recorder, TextDataModule, run=False, save_config_callback=None, args=arguments)
+    cli = LightningCLI(Reader, TextDataModule, run=False, save_config_callback=None, args=arguments)
     assert cli.datamodule.corpus == [str(tiny_corpus)]
     assert (cli.datamodule.vocab_size, cli.datamodule.max_val_sequences) == (300, None)
 

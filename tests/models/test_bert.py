@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lit_scale.factors.blocks import find_blocks
 from lit_scale.models import BertMLM
+from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec"
@@ -31,19 +32,6 @@ def batch_of(size=4, length=T, seed=0):
         "positions": torch.rand(size, length, generator=generator).argsort(1)[:, :M],
         "labels": torch.randint(V, (size, M), generator=generator),
     }
-
-
-def trainer_in(folder, *callbacks, **options):
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 def loader_of(count=10):
@@ -202,7 +190,7 @@ def test_it_can_be_compiled_in_one_piece():
 
 
 def optimizer_of(model, folder):
-    model.trainer = trainer_in(folder, max_steps=10)
+    model.trainer = quiet_trainer(folder, max_steps=10)
     return model.configure_optimizers()["optimizer"]
 
 
@@ -233,7 +221,7 @@ def test_the_optimizer_gets_the_models_settings(tmp_path):
 def test_other_optimizers_train(name, tmp_path):
     model = bert(optimizer=name)
     before = model.embedding.tokens.weight.detach().clone()
-    trainer_in(tmp_path, max_steps=3).fit(model, loader_of())
+    quiet_trainer(tmp_path, max_steps=3).fit(model, loader_of())
     assert not torch.equal(model.embedding.tokens.weight, before)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -265,7 +253,7 @@ class Rates(Callback):
 )
 def test_the_rate_climbs_and_falls_to_zero(limit, steps, tmp_path):
     rates, model = Rates(), bert(depth=1, lr=0.01, warmup=0.1)
-    trainer = trainer_in(tmp_path, rates, **limit)
+    trainer = quiet_trainer(tmp_path, callbacks=[rates], **limit)
     trainer.fit(model, loader_of())
     assert len(rates.of) == trainer.global_step == steps
     top = rates.of.index(max(rates.of))
@@ -280,7 +268,7 @@ def test_the_rate_climbs_and_falls_to_zero(limit, steps, tmp_path):
 def test_it_learns(tmp_path):
     model = bert(lr=0.01)
     before = sum(model.per_sample_loss(batch).mean().item() for batch in loader_of())
-    trainer_in(tmp_path, max_epochs=20).fit(model, loader_of())
+    quiet_trainer(tmp_path, max_epochs=20).fit(model, loader_of())
     assert sum(model.per_sample_loss(batch).mean().item() for batch in loader_of()) < 0.5 * before
 
 
@@ -288,7 +276,7 @@ def test_it_learns(tmp_path):
 def test_metrics_are_those_of_the_whole_set(tmp_path):
     model = bert(init_std=0.5)
     batches = [batch_of(4, seed=1), batch_of(4, seed=2), batch_of(1, seed=3)]  # the last one is smaller
-    found = trainer_in(tmp_path).validate(model, DataLoader(batches, batch_size=None), verbose=False)[0]
+    found = quiet_trainer(tmp_path).validate(model, DataLoader(batches, batch_size=None), verbose=False)[0]
 
     logits = torch.cat([model(batch["input_ids"], batch["positions"]).flatten(0, 1) for batch in batches])
     labels = torch.cat([batch["labels"].flatten() for batch in batches])
@@ -301,11 +289,7 @@ def test_metrics_are_those_of_the_whole_set(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"positions": "rotary", "norm": "post", "depth": 3}])
 def test_a_checkpoint_brings_model_and_settings_back(options, tmp_path):
     model, ids = bert(**options), batch_of()["input_ids"]
-    trainer = trainer_in(tmp_path, max_steps=2)
-    trainer.fit(model, loader_of())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = BertMLM.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert dict(loaded.hparams) == dict(model.hparams)
+    loaded = trained_and_reloaded(model, loader_of(), tmp_path)
     assert torch.equal(loaded.eval()(ids), model.eval()(ids))
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.datamodules import TextDataModule
 from lit_scale.models import GPT
-from tests.support.training import quiet_trainer
+from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec", "ignore:.*batch_size"
@@ -224,11 +224,7 @@ def test_metrics_are_those_of_the_whole_set(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"positions": "rotary", "depth": 3}])
 def test_a_checkpoint_brings_model_and_settings_back(options, tmp_path):
     model, ids = gpt(**options), batch_of()["input_ids"]
-    trainer = quiet_trainer(tmp_path, max_steps=2)
-    trainer.fit(model, loader_of())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = GPT.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert dict(loaded.hparams) == dict(model.hparams)
+    loaded = trained_and_reloaded(model, loader_of(), tmp_path)
     assert torch.equal(loaded.eval()(ids), model.eval()(ids))
 
 

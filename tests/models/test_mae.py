@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lit_scale.models import MaskedAutoencoder
 from lit_scale.models.mae import patches_of
-from tests.support.training import quiet_trainer
+from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec"
@@ -303,11 +303,7 @@ def test_validation_hides_the_same_patches_every_time_and_leaves_no_trace(tmp_pa
 def test_a_checkpoint_brings_model_settings_and_the_place_of_the_mask_token_back(encode_masked, tmp_path):
     model = mae()
     model.encode_masked = encode_masked  # as the technique does, after construction
-    trainer = quiet_trainer(tmp_path, max_steps=2)
-    trainer.fit(model, DataLoader(plain_colours(4), batch_size=None))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = MaskedAutoencoder.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert dict(loaded.hparams) == dict(model.hparams)
+    loaded = trained_and_reloaded(model, DataLoader(plain_colours(4), batch_size=None), tmp_path)
     assert loaded.encode_masked is encode_masked
     one, other = (m.eval().per_sample_loss(images_of(), torch.Generator().manual_seed(0)) for m in (loaded, model))
     assert torch.equal(one, other)

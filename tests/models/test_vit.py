@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from lit_scale.cli.report import saving_line
 from lit_scale.datamodules import ImageDataModule
 from lit_scale.factors.blocks import find_blocks
 from lit_scale.models import ViTClassifier
+from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*val_dataloader", "ignore:.*LeafSpec"
@@ -40,18 +40,6 @@ def batch_of(size: int = 4, seed: int = 0, side: int = S) -> tuple[Tensor, Tenso
 
 def loader_of(count: int = 10) -> DataLoader[Any]:
     return DataLoader([batch_of(seed=seed) for seed in range(count)], batch_size=None)  # type: ignore[arg-type]
-
-
-def trainer_in(folder: Path, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -154,7 +142,7 @@ def test_it_can_be_compiled_in_one_piece() -> None:
 
 def test_decay_is_for_matrices_only(tmp_path: Path) -> None:
     model = vit(weight_decay=0.3, lr=0.5, beta2=0.9)
-    model.trainer = trainer_in(tmp_path, max_steps=10)
+    model.trainer = quiet_trainer(tmp_path, max_steps=10)
     optimizer = model.configure_optimizers()["optimizer"]  # type: ignore[index]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {g["weight_decay"]: {names.pop(id(p)) for p in g["params"]} for g in optimizer.param_groups}
@@ -172,7 +160,7 @@ def test_decay_is_for_matrices_only(tmp_path: Path) -> None:
 def test_it_learns(optimizer: str, tmp_path: Path) -> None:
     model = vit(lr=0.01, optimizer=optimizer)
     before = sum(model.per_sample_loss(batch).mean().item() for batch in loader_of(4))
-    trainer = trainer_in(tmp_path, max_epochs=40)
+    trainer = quiet_trainer(tmp_path, max_epochs=40)
     trainer.fit(model, loader_of(4))
     assert sum(model.per_sample_loss(batch).mean().item() for batch in loader_of(4)) < 0.8 * before
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
@@ -183,7 +171,7 @@ def test_metrics_are_those_of_the_whole_set(tmp_path: Path) -> None:
     model = vit(label_smoothing=0.5)
     batches = [batch_of(4, seed=1), batch_of(4, seed=2), batch_of(1, seed=3)]  # the last one is smaller
     loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-    found = trainer_in(tmp_path).validate(model, loader, verbose=False)[0]
+    found = quiet_trainer(tmp_path).validate(model, loader, verbose=False)[0]
     logits, labels = torch.cat([model(images) for images, _ in batches]), torch.cat([labels for _, labels in batches])
     assert found["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert found["val/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
@@ -191,20 +179,16 @@ def test_metrics_are_those_of_the_whole_set(tmp_path: Path) -> None:
 
 def test_a_checkpoint_brings_model_and_settings_back(tmp_path: Path) -> None:
     model, (images, _) = vit(drop_path=0.1), batch_of()
-    trainer = trainer_in(tmp_path, max_steps=2)
-    trainer.fit(model, loader_of())
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = ViTClassifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert dict(loaded.hparams) == dict(model.hparams)
+    loaded = trained_and_reloaded(model, loader_of(), tmp_path)
     assert torch.equal(loaded.eval()(images), model.eval()(images))
 
 
 def test_a_technique_of_the_checkpoint_must_not_be_missing(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, max_steps=4, callbacks=[ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])])
+    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[ProgressiveStacking([(0.0, 0.5), (0.5, 1.0)])])
     trainer.fit(vit(), loader_of())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="trained with ProgressiveStacking, which is missing"):
-        trainer_in(tmp_path, max_steps=8).fit(vit(), loader_of(), ckpt_path=tmp_path / "last.ckpt")
+        quiet_trainer(tmp_path, max_steps=8).fit(vit(), loader_of(), ckpt_path=tmp_path / "last.ckpt")
 
 
 # -- its arguments ----------------------------------------------------------------------------------------------------
@@ -250,7 +234,7 @@ def test_classes_outside_of_the_models(label: int, tmp_path: Path) -> None:
     labels[2] = label
     loader = DataLoader([(images, labels)], batch_size=None)  # type: ignore[arg-type, list-item]
     message = rf"the batch has classes from -?\d to \d, but num_classes={K} allows 0 to {K - 1}"
-    for run in (trainer_in(tmp_path, max_steps=1).fit, trainer_in(tmp_path).validate):
+    for run in (quiet_trainer(tmp_path, max_steps=1).fit, quiet_trainer(tmp_path).validate):
         with pytest.raises(ValueError, match=message):
             run(vit(), loader)
 
@@ -258,7 +242,7 @@ def test_classes_outside_of_the_models(label: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [{"image": torch.zeros(1)}, torch.zeros(2, 3), (torch.zeros(2), torch.zeros(2))])
 def test_batches_that_are_no_pairs(batch: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch has to be a pair of images and whole-numbered classes"):
-        trainer_in(tmp_path, max_steps=1).fit(vit(), DataLoader([batch], batch_size=None))
+        quiet_trainer(tmp_path, max_steps=1).fit(vit(), DataLoader([batch], batch_size=None))
 
 
 @pytest.fixture
@@ -292,11 +276,7 @@ DEFAULTS = {
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-
+def run(own_folder: Path) -> Callable[..., Any]:
     def run(*args: str) -> Any:
         flags = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", *args]
         return run_recipe(

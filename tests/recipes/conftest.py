@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.equality import assert_same
+from tests.support.processes import ROOT, environment, run_file
+
 BERT = ROOT / "recipes" / "bert_progressive_stack.py"
 TINY = {
     "trainer.max_steps": 8,
@@ -42,20 +43,12 @@ class Tiny:
 
     @property
     def environment(self) -> dict[str, str]:
-        names = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIT_SCALE_CACHE": str(self.folder / "cache")}
-        return {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"} | names
+        names = environment(LIT_SCALE_CACHE=str(self.folder / "cache"))
+        return {name: value for name, value in names.items() if name != "PL_GLOBAL_SEED"}
 
     def here(self, *args: str) -> int:
         """Run in this process; the exit code."""
-        given = sys.argv
-        sys.argv = [str(BERT), *self.flags, *args]
-        try:
-            runpy.run_path(str(BERT), run_name="__main__")
-        except SystemExit as error:
-            return int(error.code or 0)
-        finally:
-            sys.argv = given
-        return 0
+        return run_file(BERT, *self.flags, *args)
 
     def start(self, *args: str, command: list[str] | None = None, **options: Any) -> "subprocess.Popen[str]":
         """Start a process of its own; ``command`` replaces the command line."""
@@ -73,11 +66,8 @@ class Tiny:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    return Tiny(tmp_path, tiny_corpus)
+def tiny(own_folder: Path, tiny_corpus: Path) -> Tiny:
+    return Tiny(own_folder, tiny_corpus)
 
 
 @pytest.fixture
@@ -88,27 +78,12 @@ def same_run() -> Callable[[Tiny, str, str], None]:
         a, b = tiny.checkpoint(one), tiny.checkpoint(other)
         assert a["global_step"] == b["global_step"]
         for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-            assert_equal(a[part], b[part], part)
+            assert_same(a[part], b[part], part)
         a, b = tiny.record(one), tiny.record(other)
         for name in ("steps", "samples", "tokens", "flops", "metrics", "unigram_entropy"):
             assert a[name] == b[name], name
 
     return compare
-
-
-def assert_equal(one: Any, other: Any, where: str) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal(a, b, f"{where}[{index}]")
-    else:
-        assert one == other, where
 
 
 @pytest.fixture

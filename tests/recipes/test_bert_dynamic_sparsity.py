@@ -1,10 +1,10 @@
 """The recipe's own file: what it trains, and what it tells of sparsity that saves no time."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
@@ -13,17 +13,12 @@ ROOT = "runs/bert_dynamic_sparsity"
 HALF = ["--dynamic_sparsity.density=0.5"]  # the tiny model has two heads
 
 
-def run(tiny, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *tiny.flags, *args])
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+def run(tiny, *args):
+    return run_file(RECIPE, *tiny.flags, *args)
 
 
-def test_the_recipe_computes_some_of_the_units_and_learns(tiny, monkeypatch, capsys):
-    assert run(tiny, monkeypatch, *HALF, "--dynamic_sparsity.every=5", "--trainer.max_steps=30") == 0
+def test_the_recipe_computes_some_of_the_units_and_learns(tiny, capsys):
+    assert run(tiny, *HALF, "--dynamic_sparsity.every=5", "--trainer.max_steps=30") == 0
     record, printed = tiny.record(ROOT), capsys.readouterr()
     few, all_ = record["stages"]
     assert (few["dynamic_sparsity/growing"], all_["dynamic_sparsity/growing"]) == (False, True)
@@ -35,9 +30,9 @@ def test_the_recipe_computes_some_of_the_units_and_learns(tiny, monkeypatch, cap
     assert printed.err == ""
 
 
-def test_what_a_sparse_kernel_would_save_is_told_apart(tiny, monkeypatch, capsys):
+def test_what_a_sparse_kernel_would_save_is_told_apart(tiny, capsys):
     flags = ("--dynamic_sparsity.granularity=weight", "--dynamic_sparsity.density=0.2")
-    assert run(tiny, monkeypatch, *flags) == 0
+    assert run(tiny, *flags) == 0
     record, printed = tiny.record(ROOT), capsys.readouterr().out
     assert tiny.here("--baseline", "--trainer.default_root_dir=plain") == 0  # of progressive stacking's recipe
     assert record["flops"] == tiny.record("plain")["flops"]
@@ -53,8 +48,8 @@ def test_what_a_sparse_kernel_would_save_is_told_apart(tiny, monkeypatch, capsys
         ("density=0.1", 1, "density=0.1 leaves none of the 2 heads of encoder.blocks.0.attention; give 0.5 or more"),
     ],
 )
-def test_flags_that_cannot_work_are_one_line(tiny, monkeypatch, capsys, flag, code, message):
-    assert run(tiny, monkeypatch, f"--dynamic_sparsity.{flag}") == code
+def test_flags_that_cannot_work_are_one_line(tiny, capsys, flag, code, message):
+    assert run(tiny, f"--dynamic_sparsity.{flag}") == code
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

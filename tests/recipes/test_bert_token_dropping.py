@@ -1,12 +1,12 @@
 """The recipe's own file: what it trains, and that without the technique it is the plain run."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.processes import run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
@@ -14,17 +14,12 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "bert_token_dropping.
 ROOT = "runs/bert_token_dropping"
 
 
-def run(tiny, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *tiny.flags, *args])
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+def run(tiny, *args):
+    return run_file(RECIPE, *tiny.flags, *args)
 
 
-def test_the_recipe_drops_tokens_and_tells_what_it_saved(tiny, monkeypatch, capsys):
-    assert run(tiny, monkeypatch, "--token_dropping.until=0.5", "--trainer.max_steps=20") == 0
+def test_the_recipe_drops_tokens_and_tells_what_it_saved(tiny, capsys):
+    assert run(tiny, "--token_dropping.until=0.5", "--trainer.max_steps=20") == 0
     record, printed = tiny.record(ROOT), capsys.readouterr()
     assert [stage["token_dropping/kept"] for stage in record["stages"]] == [0.25, 1.0]
     quarter, full = (stage["flops"] / stage["steps"] for stage in record["stages"])
@@ -38,8 +33,8 @@ def test_the_recipe_drops_tokens_and_tells_what_it_saved(tiny, monkeypatch, caps
 
 
 @pytest.mark.parametrize("flags", [["--token_dropping.keep=1.0"], ["--token_dropping.drop=random", "--baseline"]])
-def test_without_dropping_it_is_the_plain_run(tiny, monkeypatch, flags):
-    assert run(tiny, monkeypatch, *flags) == 0
+def test_without_dropping_it_is_the_plain_run(tiny, flags):
+    assert run(tiny, *flags) == 0
     assert tiny.here("--baseline", "--trainer.default_root_dir=plain") == 0  # of progressive stacking's recipe
     one, other = tiny.checkpoint(ROOT)["state_dict"], tiny.checkpoint("plain")["state_dict"]
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -55,15 +50,15 @@ def test_without_dropping_it_is_the_plain_run(tiny, monkeypatch, flags):
         ("before=4", 1, "before=4 and after=1 leave no block of the model's 4"),
     ],
 )
-def test_flags_that_cannot_work_are_one_line(tiny, monkeypatch, capsys, flag, code, message):
-    assert run(tiny, monkeypatch, f"--token_dropping.{flag}") == code
+def test_flags_that_cannot_work_are_one_line(tiny, capsys, flag, code, message):
+    assert run(tiny, f"--token_dropping.{flag}") == code
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-def test_masks_can_join_late(tiny, monkeypatch):
+def test_masks_can_join_late(tiny):
     kind = ["--token_dropping.drop=masked", "--token_dropping.keep=null", "--token_dropping.before=null"]
-    assert run(tiny, monkeypatch, *kind, "--data.mask_rate=0.4") == 0
+    assert run(tiny, *kind, "--data.mask_rate=0.4") == 0
     assert tiny.record(ROOT)["stages"][0]["token_dropping/kept"] == "unmasked"
     assert any("masks join late" in key for key in tiny.checkpoint(ROOT)["state_dict"])

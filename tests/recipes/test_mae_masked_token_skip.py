@@ -2,12 +2,12 @@
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.processes import run_file
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
@@ -31,15 +31,8 @@ TINY = {
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *(f"--{name}={value}" for name, value in TINY.items()), *args])
-        runpy.run_path(str(RECIPE), run_name="__main__")
-
-    return call
+def run(own_folder):
+    return lambda *args: run_file(RECIPE, *(f"--{name}={value}" for name, value in TINY.items()), *args)
 
 
 def test_compare_trains_both_from_the_same_start_and_probes_both(run, capsys):

@@ -1,13 +1,13 @@
 """The two recipes whose sides differ in the optimizer: as many samples, smaller state."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.support.processes import run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,20 +25,10 @@ FLAGS = {
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-
+def run(own_folder: Path, tiny_corpus: Path) -> Any:
     def run(recipe: str, *flags: str) -> int:
-        path = str(RECIPES / f"{recipe}.py")
         common = ["--trainer.enable_progress_bar=false", "--data.max_val_sequences=8", f"--data.corpus={tiny_corpus}"]
-        monkeypatch.setattr(sys, "argv", [path, *common, *FLAGS[recipe], *flags])
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as error:
-            return int(error.code or 0)
-        return 0
+        return run_file(RECIPES / f"{recipe}.py", *common, *FLAGS[recipe], *flags)
 
     return run
 

@@ -1,12 +1,12 @@
 """Every recipe's own file, with its defaults but for sizes: with and without the technique, and resumed."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.processes import run_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -31,15 +31,8 @@ FLAGS = {
 
 
 def run(recipe: str, *flags: str) -> int:
-    path, given = str(ROOT / "recipes" / f"{recipe.removesuffix('_text')}.py"), sys.argv
-    sys.argv = [path, "--trainer.max_steps=8", "--trainer.enable_progress_bar=false", *FLAGS[recipe], *flags]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    except SystemExit as error:
-        return int(error.code or 0)
-    finally:
-        sys.argv = given
-    return 0
+    path = ROOT / "recipes" / f"{recipe.removesuffix('_text')}.py"
+    return run_file(path, "--trainer.max_steps=8", "--trainer.enable_progress_bar=false", *FLAGS[recipe], *flags)
 
 
 def test_every_recipe_that_trains_is_here() -> None:
@@ -54,14 +47,11 @@ def test_every_recipe_that_trains_is_here() -> None:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+def folder(own_folder: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for recipe, flags in FLAGS.items():
         if TEXT[-1] in flags:
             monkeypatch.setitem(FLAGS, recipe, [*flags, f"--data.corpus={tiny_corpus}"])
-    return tmp_path
+    return own_folder
 
 
 def plain_steps(record: dict) -> set[int]:

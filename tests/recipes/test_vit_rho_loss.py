@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -13,7 +12,10 @@ import pytest
 import torch
 import yaml
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+from tests.support.equality import assert_same
+from tests.support.processes import run_file
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_folder")]
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "vit_rho_loss.py"
 FLAGS = [
@@ -29,14 +31,7 @@ LAST = Path("checkpoints", "last.ckpt")
 
 
 def run(*flags: str) -> int:
-    given, sys.argv = sys.argv, [str(RECIPE), *FLAGS, *flags]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as error:
-        return int(error.code or 0)
-    finally:
-        sys.argv = given
-    return 0
+    return run_file(RECIPE, *FLAGS, *flags)
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -47,21 +42,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / LAST, weights_only=True)["state_dict"]
 
 
-def same(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def losses(folder: Path) -> dict[str, float]:
     return record(folder)["metrics"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    return tmp_path
 
 
 def test_the_second_model_comes_first_and_is_charged() -> None:
@@ -97,16 +79,16 @@ def test_a_model_that_is_given_is_not_made_again_and_a_run_resumes_exactly(capsy
     given = ROOT / "first" / LAST
     assert run(f"--rho_loss.irreducible={given}", "--trainer.default_root_dir=given") == 0
     assert not Path("given", "first").exists()
-    assert same(ROOT, Path("given"))
+    assert_same(weights(ROOT), weights(Path("given")))
     # from elsewhere: the second model is made again, and is the same
     assert run("--trainer.default_root_dir=rest", "--ckpt_path=kept/step=2.ckpt") == 0
-    assert same(ROOT, Path("rest"))
+    assert_same(weights(ROOT), weights(Path("rest")))
     assert record(Path("rest"))["charges"]["irreducible losses"]["count"] == 1
     # where it was: it is taken as it is
     before = given.stat().st_mtime_ns
     assert run("--ckpt_path=kept/step=4.ckpt") == 0
     assert given.stat().st_mtime_ns == before
-    assert same(ROOT, Path("rest"))
+    assert_same(weights(ROOT), weights(Path("rest")))
     assert run("--trainer.default_root_dir=plain", "--baseline") == 0
     assert not Path("plain", "first").exists()
     capsys.readouterr()
@@ -140,5 +122,5 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert run(*flags, "--trainer.default_root_dir=cut", f"--ckpt_path={saved}") == 0
     assert run(*flags) == 0
     for arm in ("first", "rho_loss", "baseline") if compare else ("first", "."):
-        assert same(Path("cut", arm), ROOT / arm), arm
+        assert_same(weights(Path("cut", arm)), weights(ROOT / arm), arm)
         assert losses(Path("cut", arm)) == losses(ROOT / arm), arm

@@ -439,6 +439,27 @@ def image_model(name: str, *, seed: int = 0, depth: int = DEPTH, dropout: float 
     return ANY_SIZE[name](depth=depth, dropout=dropout, **options)
 
 
+# ---- over whatever comes
+
+
+class Reader(LightningModule):
+    """Learns nothing; keeps the batches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any) -> Tensor:
+        self.seen.append(batch)
+        return self.weight * 0.0
+
+    def validation_step(self, batch: Any) -> None: ...
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-6)
+
+
 # ---- over numbers
 
 

@@ -21,7 +21,7 @@ from lit_scale.technique import Technique, averages
 from tests.support.networks import all_blocks
 
 
-def quiet_trainer(root: Any, **options: Any) -> Trainer:
+def quiet_trainer(root: Any = None, **options: Any) -> Trainer:
     """A Trainer on the CPU that logs, prints and saves nothing unless told to."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -98,6 +98,16 @@ def run(module: Any, data: Any, root: Path, *callbacks: Callback, watch: "Watch 
     watch = watch or Watch()
     trainer = fit(module, data, root, watch, *callbacks, **options)
     return Ran(trainer, module, watch, left(trainer))
+
+
+def trained_and_reloaded(module: Any, data: Any, root: Path) -> Any:
+    """A module of the same class and settings, from the file of two steps of training."""
+    trainer = quiet_trainer(root, max_steps=2)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(root / "last.ckpt")
+    loaded = type(module).load_from_checkpoint(root / "last.ckpt", weights_only=True)
+    assert dict(loaded.hparams) == dict(module.hparams)
+    return loaded
 
 
 def gap_between_ranks(module: LightningModule) -> float:
