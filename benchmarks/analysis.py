@@ -24,12 +24,16 @@ def price_of(store: Store, size: str) -> float:
 
 
 def plain_points(store: Store, task: Task) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
-    """Plain runs at each size's chosen rate, by (size, steps) and then by seed."""
+    """Plain runs at the rate that was chosen for their size and length, by (size, steps) and then by seed."""
     points: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-    rates = store.data.get("rates", {})
+    rates, own_rates = store.data.get("rates", {}), store.data.get("point_rates", {})
     for run in store.runs:
         plain = run["technique"] is None and not run["flags"] and not run["again"]
-        if plain and run["seed"] < TUNING and run["lr"] == rates.get(run["size"]):
+        if (
+            plain
+            and run["seed"] < TUNING
+            and run["lr"] == own_rates.get(f"{run['size']}@{run['steps']}", rates.get(run["size"]))
+        ):
             points.setdefault((run["size"], run["steps"]), {})[run["seed"]] = run
     return points
 

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import tasks_gpu  # noqa: E402
 from analysis import analyse, envelope_size, price_of  # noqa: E402
 from entries import ENTRIES, Entry  # noqa: E402
 from prices import measure  # noqa: E402
@@ -109,12 +110,9 @@ class Sweep:
         self.prices()
         budgets = {size: task.trained[1] if size == task.trained[0] else task.headline for size in task.sizes}
         runs = {size: self.plain_run(size, budget, task.rates[0], TUNING_SEED) for size, budget in budgets.items()}
-        rates = self.tuned(store, runs, dict.fromkeys(task.sizes, task.rates))
-        store.data["rates"] = rates
-        at_headline = {
-            size: self.loss(self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED)])[0])
-            for size in task.sizes
-        }
+        store.data["rates"] = rates = self.tuned(store, runs, dict.fromkeys(task.sizes, task.rates))
+        found = self.made(store, [self.plain_run(size, task.headline, rates[size], TUNING_SEED) for size in task.sizes])
+        at_headline = dict(zip(task.sizes, map(self.loss, found), strict=True))
         best = min(at_headline, key=lambda size: at_headline[size])
         order = sorted(task.sizes, key=lambda size: price_of(store, size))
 
@@ -124,22 +122,38 @@ class Sweep:
             return close or (larger > 0 and budget > task.headline) or (larger < 0 and budget < task.headline)
 
         scan = [(size, budget) for budget in task.budgets for size in task.sizes if worth(size, budget)]
-        runs = [self.plain_run(size, budget, rates[size], task.seeds[0]) for size, budget in scan]
-        losses = dict(zip(scan, map(self.loss, self.made(store, runs)), strict=True))
+        made = self.made(store, [self.plain_run(size, b, rates[size], task.seeds[0]) for size, b in scan])
+        losses = dict(zip(scan, map(self.loss, made), strict=True))
         around = [budget for budget in task.budgets if task.headline / 2.2 <= budget <= task.headline * 2.2]
         points = {min((key for key in scan if key[1] == budget), key=lambda key: losses[key]) for budget in around}
         center = next(size for size, budget in points if budget == task.headline)
         points |= {(center, budget) for budget in around}
         size, trained = task.trained
         points |= {(size, budget) for budget in task.budgets if trained / 2.2 <= budget <= trained * 2.2}
-        self.made(
-            store,
-            [self.plain_run(size, budget, rates[size], seed) for size, budget in sorted(points) for seed in task.seeds],
-        )
+        self.make_points(points)
         # the batch size is part of the tuned baseline
         batches = {str(batch): self.other_batch(center, rates[center], batch) for batch in task.batches}
         self.tuned(store, batches, {str(b): [rates[center] * 2**power for power in (-1, 0, 1)] for b in task.batches})
         store.save()
+
+    def make_points(self, points: Iterable[tuple[str, int]]) -> None:
+        """Five seeds of each size at each budget, at a rate that was tuned for that length."""
+        points, rates = sorted(points), self.plain.data["rates"]
+        runs = {self._point(*point): self.plain_run(*point, rates[point[0]], TUNING_SEED) for point in points}
+        known = self.plain.data.setdefault("point_rates", {})
+        todo = {name: run for name, run in runs.items() if name not in known}
+        known |= self.tuned(self.plain, todo, {name: [run.lr / 2, run.lr] for name, run in todo.items()})
+        self.made(
+            self.plain,
+            [self.plain_run(*point, self.rate(*point), seed) for point in points for seed in self.task.seeds],
+        )
+
+    def _point(self, size: str, budget: float) -> str:
+        return f"{size}@{self.plain_run(size, budget, 1.0, 0).steps}"
+
+    def rate(self, size: str, budget: float) -> float:
+        """The rate that was tuned for a size at a budget, else at the headline budget."""
+        return self.plain.data.get("point_rates", {}).get(self._point(size, budget), self.plain.data["rates"][size])
 
     def other_batch(self, size: str, lr: float, batch: int) -> Run:
         """A plain run of another batch size with as many samples: about the same cost."""
@@ -148,8 +162,13 @@ class Sweep:
 
     # -- techniques ---------------------------------------------------------------------------------------------------
 
-    def make_technique(self, entry: Entry) -> None:
-        """Tune it, give it five seeds on both networks, make its control, and pair it with plain runs for wall time."""
+    def make_technique(self, entry: Entry, *, headline_only: bool = False) -> None:
+        """Tune it, give it five seeds on both networks, make its control, and pair it with plain runs for wall time.
+
+        Args:
+            entry: What is measured.
+            headline_only: Leave out the other network and the pairs, which a later call adds.
+        """
         task = self.task
         store = Store(self.results / f"{entry.name}.json")
         store.data |= {"technique": entry.technique, "recipe": entry.recipe, "task": task.name, "kind": entry.kind}
@@ -168,8 +187,10 @@ class Sweep:
             networks = {headline: networks[headline]}
         store.data["headline"] = headline
         store.data["networks"] = {name: list(network) for name, network in networks.items()}
+        if headline_only:
+            networks = {headline: networks[headline]}
         runs = {name: self._technique_run(store, entry, entry.flags, *network) for name, network in networks.items()}
-        plain = {name: self.plain.data["rates"][size] for name, (size, _) in networks.items()}
+        plain = {name: self.rate(*network) for name, network in networks.items()}
         tuned = self.tuned(store, runs, {name: [rate / 2, rate, rate * 2] for name, rate in plain.items()})
         for name in sorted(networks, key=lambda name: name != headline):
             (size, budget), lr = networks[name], tuned[name]
@@ -191,8 +212,9 @@ class Sweep:
             self.made(store, [replace(run, seed=seed) for seed in task.seeds])
             self._make_control(store, entry, name, size, budget, lr)
         self.finish(entry, store)
-        self._make_pairs(store, entry, *networks[headline], headline)
-        self.finish(entry, store)
+        if not headline_only:
+            self._make_pairs(store, entry, *networks[headline], headline)
+            self.finish(entry, store)
 
     def _technique_run(
         self,
@@ -205,7 +227,7 @@ class Sweep:
         recipe: str = "",
     ) -> Run:
         """A run that costs about the budget; how much its step costs a short run tells first."""
-        rate = self.plain.data["rates"][size] if lr is None else lr
+        rate = self.rate(size, budget) if lr is None else lr
         price = price_of(self.plain, size)
         steps = steps_of(budget / 20, price * entry.relative_cost)
         guess = Run(self.task, size, steps, rate, TUNING_SEED + 1, recipe or entry.recipe, flags)
@@ -220,17 +242,17 @@ class Sweep:
             other = control.size.get(size)
             if other is None:
                 return
-            rate = self.plain.data["rates"][other]
-            self.made(self.plain, [self.plain_run(other, budget, rate, seed) for seed in task.seeds])
+            self.make_points([(other, int(budget))])
             store.data.setdefault("control", {})[name] = {"about": control.about, "size": other}
             return
-        if control.plain:
-            run = replace(
-                self.plain_run(size, budget, self.plain.data["rates"][size], TUNING_SEED), flags=control.flags
-            )
+        if control.batch_size:
+            run = replace(self.other_batch(size, self.rate(size, budget), control.batch_size), seed=TUNING_SEED)
             target = self.plain
+        elif control.flags:
+            recipe = control.recipe or entry.recipe
+            run, target = self._technique_run(store, entry, control.flags, size, budget, lr, recipe), store
         else:
-            run, target = self._technique_run(store, entry, control.flags, size, budget, lr), store
+            return
         self.made(target, [replace(run, seed=seed) for seed in task.seeds])
         kept = {"about": control.about, "steps": run.steps, "lr": run.lr, "size": size, "plain": run.technique is None}
         flags = run.flags if run.technique is None else run.technique
@@ -242,7 +264,7 @@ class Sweep:
         beside = f"{entry.technique}{entry.kind and '-'}{entry.kind}"
         pairs = []
         for seed in self.task.seeds:
-            plain = replace(self.plain_run(size, budget, self.plain.data["rates"][size], seed), again=beside)
+            plain = replace(self.plain_run(size, budget, self.rate(size, budget), seed), again=beside)
             own = Run(
                 self.task, size, chosen["steps"], chosen["lr"], seed, entry.recipe, tuple(chosen["flags"]), (), "plain"
             )
@@ -268,42 +290,48 @@ def main() -> None:
     parser.add_argument("what", choices=["plain", "technique", "all", "list", "analyse"])
     parser.add_argument("names", nargs="*", help="tasks, or techniques on tasks as `list` has them")
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0))[:2], help="a run each")
+    parser.add_argument("--headline-only", action="store_true", help="a technique's headline network, without pairs")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "clock", help="where runs in progress are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="files of results")
+    parser.add_argument("--gpu", action="store_true", help="tasks of a GPU's size (tasks_gpu.py), which NEVER RAN YET")
     args = parser.parse_args()
+    tasks, entries = (tasks_gpu.TASKS, tasks_gpu.ENTRIES) if args.gpu else (TASKS, ENTRIES)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    known = TASKS if args.what == "plain" else ENTRIES
+    known = tasks if args.what == "plain" else entries
     if unknown := [name for name in args.names if name not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     if args.what == "list":
-        listing(args.out)
+        listing(args.out, tasks, entries)
         return
+    if args.gpu:
+        print("No task of a GPU's size has ever been run; sizes, budgets and rates are guesses.", flush=True)
+        args.cores = args.cores[:1]  # one run at a time
     os.environ["OMP_NUM_THREADS"] = "1"
     os.nice(10)
     runner = Runner(args.runs, args.cores, lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True))
     chosen = args.names or list(known)
     if args.what in ("plain", "all"):
-        tasks = chosen if args.what == "plain" else list(dict.fromkeys(ENTRIES[name].task for name in chosen))
-        for name in tasks:
-            Sweep(TASKS[name], runner, args.out).make_plain()
+        names = chosen if args.what == "plain" else list(dict.fromkeys(entries[name].task for name in chosen))
+        for name in names:
+            Sweep(tasks[name], runner, args.out).make_plain()
     if args.what in ("technique", "all", "analyse"):
         for name in chosen:
-            entry = ENTRIES[name]
-            sweep = Sweep(TASKS[entry.task], runner, args.out)
+            entry = entries[name]
+            sweep = Sweep(tasks[entry.task], runner, args.out)
             if args.what == "analyse":
                 if (args.out / f"{name}.json").exists():
                     sweep.finish(entry, Store(args.out / f"{name}.json"))
             else:
-                sweep.make_technique(entry)
+                sweep.make_technique(entry, headline_only=args.headline_only)
 
 
-def listing(folder: Path) -> None:
+def listing(folder: Path, tasks: Mapping[str, Task], entries: Mapping[str, Entry]) -> None:
     """What is there."""
-    for task in TASKS.values():
+    for task in tasks.values():
         store = Store(folder / f"{task.name}.plain.json")
         minutes = sum(entry["wall_seconds"] for entry in store.runs) / 60
         print(f"{task.name}: {len(store.runs)} plain runs, {minutes:.0f} core minutes")
-        for entry in ENTRIES.values():
+        for entry in entries.values():
             if entry.task == task.name:
                 own = Store(folder / f"{entry.name}.json")
                 minutes = sum(run["wall_seconds"] for run in own.runs) / 60

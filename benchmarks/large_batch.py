@@ -15,16 +15,15 @@ import signal
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from frontier import above
-from presets import Preset
+from provenance import ROOT
 from rich.console import Console
 from rich.table import Table
-from savings import ROOT, TUNING_SEED, Run, Sweep, command
+from sweeps import TUNING_SEED, Preset, Run, Sweep, above, command
 
 RECIPE = "bert_large_batch"
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null"]
@@ -38,16 +37,13 @@ SIDES = {  # flags, and where the grid of rates begins
 
 @dataclass(frozen=True)
 class LargePreset(Preset):
-    """The runs of this sweep; ``baseline_steps`` holds their one length, in batches.
+    """The runs of this sweep, whose ``steps`` are small batches.
 
     Attributes:
         times: How many times the batch is as large.
     """
 
     times: int = 16
-    choices: dict[str, tuple[int, list[str]]] = field(
-        default_factory=lambda: {k: (0, v) for k, (v, _) in SIDES.items()}
-    )
 
 
 PRESETS = {
@@ -55,18 +51,14 @@ PRESETS = {
         # 16 times 2 is about the critical batch of a run this short
         flags=SMALL,
         lrs=[5e-4, 1e-3, 2e-3],
-        tune_steps=[],
-        baseline_steps=[3_200],
-        technique_steps=[],
+        steps=3_200,
         jobs=max(1, os.cpu_count() or 1),
         threads=1,
     ),
     "cpu-long": LargePreset(  # 800 steps of the large batch instead of 200
         flags=SMALL,
         lrs=[2.5e-4, 5e-4, 1e-3],
-        tune_steps=[],
-        baseline_steps=[12_800],
-        technique_steps=[],
+        steps=12_800,
         jobs=max(1, os.cpu_count() or 1),
         threads=1,
     ),
@@ -85,9 +77,7 @@ PRESETS = {
             "--data.num_workers=4",
         ],
         lrs=[5e-4, 1e-3, 2e-3],
-        tune_steps=[],
-        baseline_steps=[16_000],
-        technique_steps=[],
+        steps=16_000,
     ),
 }
 
@@ -100,11 +90,11 @@ class LargeSweep(Sweep):
 
     def flags(self, run: Run) -> list[str]:
         rate = [f"--model.lr={run.lr}"]
-        if run.variant != "small batch":
+        if run.side != "small batch":
             rate = [f"--large_batch.lr={run.lr}", f"--large_batch.times={self.preset.times}"]
         return [
             *self.preset.flags,
-            *self.preset.choices[run.variant][1],
+            *self.sides[run.side],
             *rate,
             "--trainer.max_epochs=1",
             f"--trainer.limit_train_batches={run.steps}",
@@ -115,16 +105,16 @@ class LargeSweep(Sweep):
         ]
 
 
-def tune(sweep: LargeSweep, batches: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def tune(sweep: LargeSweep) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The best rate of each side, and what was tried; the sides' runs go on together."""
-    lrs = sweep.preset.lrs
+    lrs, batches = sweep.preset.lrs, sweep.preset.steps
     step = lrs[1] / lrs[0] if len(lrs) > 1 else 1.0
     tried: dict[tuple[str, float], float] = {}
-    wanted = [(side, rounded(lr * start)) for side, (_, start) in SIDES.items() for lr in sweep.preset.lrs]
+    wanted = [(side, rounded(lr * start)) for side, (_, start) in SIDES.items() for lr in lrs]
     while wanted:
-        runs = [Run(False, batches, lr, TUNING_SEED, side) for side, lr in wanted]
+        runs = [Run(side, batches, lr, TUNING_SEED) for side, lr in wanted]
         for run, record in sweep.make_all(runs, "tuning the rates").items():
-            tried[run.variant, run.lr] = record["metrics"][sweep.preset.metric]
+            tried[run.side, run.lr] = record["metrics"][sweep.preset.metric]
         wanted = []
         for side in SIDES:
             rates = sorted(lr for other, lr in tried if other == side)
@@ -158,6 +148,7 @@ def main() -> None:
 
 def run_sweep(args: argparse.Namespace) -> None:
     """Tune, train, store, and bring the card up to date."""
+    import more_tables
     import tables
     import torch
 
@@ -166,19 +157,23 @@ def run_sweep(args: argparse.Namespace) -> None:
     if args.preset == "gpu" and not torch.cuda.is_available():
         raise SystemExit("--preset gpu needs a CUDA device, and there is none; use --preset cpu")
     preset, console, started = PRESETS[args.preset], Console(), time.perf_counter()
-    sweep = LargeSweep(RECIPE, args.preset, preset, args.runs / args.preset, console, args.jobs or preset.jobs)
-    (batches,) = preset.baseline_steps
-    rates, tried = tune(sweep, batches)
+    sides = {side: flags for side, (flags, _) in SIDES.items()}
+    sweep = LargeSweep(RECIPE, preset, sides, args.runs / args.preset, console, args.jobs or preset.jobs)
+    batches = preset.steps
+    rates, tried = tune(sweep)
     seeds = list(range(1, args.seeds + 1))
-    runs = [Run(False, batches, rates[side], seed, side) for side in SIDES for seed in seeds]
+    runs = [Run(side, batches, rates[side], seed) for side in SIDES for seed in seeds]
     records = sweep.make_all(runs, "all sides")
     points = [
         {
-            "side": run.variant,
+            "side": run.side,
             "lr": run.lr,
             "seed": run.seed,
             "loss": record["metrics"][preset.metric],
-            **{name: record.get(name) for name in ("steps", "samples", "flops", "wall_seconds", *tables.REFERENCES)},
+            **{
+                name: record.get(name)
+                for name in ("steps", "samples", "flops", "wall_seconds", *more_tables.REFERENCES)
+            },
         }
         for run, record in sorted(records.items(), key=lambda item: item[0].name)
     ]
@@ -206,13 +201,13 @@ def run_sweep(args: argparse.Namespace) -> None:
     }
     path = args.out / f"large_batch.{args.preset}.json"
     write_json(path, result)
-    tables.update_readme(args.out)
+    tables.update_pages(args.out)
     table = Table(title=f"{RECIPE}, preset {args.preset}: means over {len(seeds)} seeds, at equal samples")
     for name in ("side", "rate", "steps", "loss", "above the small batch"):
         table.add_column(name)
     for side, one in result["above_small"].items():
         own = [p for p in points if p["side"] == side]
-        interval = tables.signed(one)
+        interval = more_tables.signed(one)
         loss = statistics.mean(losses[side])
         table.add_row(side, f"{own[0]['lr']:g}", f"{own[0]['steps']:,}", f"{loss:.3f}", interval)
     console.print(table)

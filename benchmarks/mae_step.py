@@ -124,7 +124,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if options.output is None:
         import tables
 
-        tables.update_readme(RESULTS)
+        tables.update_pages(RESULTS)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return record
 

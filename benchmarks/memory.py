@@ -26,13 +26,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import more_tables
 import tables
 import torch
-from frontier import above
-from presets import Preset
+from provenance import ROOT
 from rich.console import Console
 from rich.table import Table
-from savings import ROOT, Run, Sweep
+from sweeps import Preset, Run, Sweep, above
 from throughput import Clock, interval, ratio
 
 from lit_scale.cost import hardware, resident_peak, versions, write_json
@@ -41,6 +41,7 @@ from lit_scale.models import GPT
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "gpt_eight_bit_optimizer"
+SIDES: dict[str, list[str]] = {"32-bit": ["--baseline"], "8-bit": []}
 PAIRS = {"adamw": "adamw8bit", "lion": "lion8bit", "lamb": "lamb8bit", "momentum": "sgd8bit"}
 
 
@@ -67,9 +68,7 @@ PARITY = {
     "cpu": Preset(
         flags=["--trainer.accelerator=cpu", "--trainer.devices=1", "--data.sequence_length=128", "--data.batch_size=8"],
         lrs=[1e-3],
-        tune_steps=[],
-        baseline_steps=[200],
-        technique_steps=[200],
+        steps=200,
         jobs=max(1, os.cpu_count() or 1),
         threads=1,
     ),
@@ -86,9 +85,7 @@ PARITY = {
             "--data.num_workers=4",
         ],
         lrs=[6e-4],
-        tune_steps=[],
-        baseline_steps=[2_000],
-        technique_steps=[2_000],
+        steps=2_000,
     ),
 }
 
@@ -177,21 +174,14 @@ def measure(
 def parity(preset: str, seeds: int, runs: Path, console: Console, jobs: int | None) -> dict[str, Any]:
     """Loss with 8-bit and with 32-bit AdamW, over seeds; their difference and what differs from seed to seed."""
     plan = PARITY[preset]
-    sweep = Sweep(RECIPE, preset, plan, runs / f"{RECIPE}.{preset}", console, jobs or plan.jobs)
-    wanted = [
-        Run(baseline, plan.baseline_steps[0], plan.lrs[0], seed)
-        for baseline in (True, False)
-        for seed in range(1, seeds + 1)
-    ]
+    sweep = Sweep(RECIPE, plan, SIDES, runs / f"{RECIPE}.{preset}", console, jobs or plan.jobs)
+    wanted = [Run(side, plan.steps, plan.lrs[0], seed) for side in SIDES for seed in range(1, seeds + 1)]
     records = sweep.make_all(wanted, "loss parity")
-    losses = {
-        side: [records[run]["metrics"][plan.metric] for run in wanted if run.baseline == (side == "32-bit")]
-        for side in ("32-bit", "8-bit")
-    }
+    losses = {side: [records[run]["metrics"][plan.metric] for run in wanted if run.side == side] for side in SIDES}
     first = records[wanted[0]]
     return {
         "recipe": RECIPE,
-        "steps": plan.baseline_steps[0],
+        "steps": plan.steps,
         "lr": plan.lrs[0],
         "flags": plan.flags,
         "losses": losses,
@@ -259,11 +249,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     path = options.output or RESULTS / f"memory.{options.preset}.json"
     write_json(path, record)
     if options.output is None:
-        tables.update_readme(RESULTS)
+        tables.update_pages(RESULTS)
     for size in sizes:
         console.print(table(size))
     if same is not None:
-        console.print(tables.parity_lines(record), highlight=False, soft_wrap=True)
+        console.print(more_tables.parity_lines(record), highlight=False, soft_wrap=True)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return record
 

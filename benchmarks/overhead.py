@@ -135,7 +135,8 @@ def run(size: Size, name: str, folder: Path) -> dict[str, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader([batch] * (IDLE + size.steps), batch_size=None))
+    batches: Any = [batch] * (IDLE + size.steps)  # a data set, though not by its type
+    trainer.fit(model, DataLoader(batches, batch_size=None))
     return {
         "wall_seconds": clock.wall,
         "cpu_seconds": clock.cpu,

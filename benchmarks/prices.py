@@ -56,6 +56,8 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if core is not None:
         os.sched_setaffinity(0, {core})
+    device = torch.device("cuda" if "--trainer.accelerator=gpu" in task.machine else "cpu")
+    precision = torch.autocast(device.type, torch.bfloat16, enabled="--trainer.precision=bf16-mixed" in task.machine)
     steps: dict[str, Any] = {}
     parameters: dict[str, int] = {}
     waits: dict[str, float] = {}
@@ -67,11 +69,13 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
         for _ in range(5):
             next(loader)
         waits[size] = (time.perf_counter() - begun) / 5
-        own = model.hparams
+        model, own = model.to(device), model.hparams
+        batch = model.transfer_batch_to_device(batch, device, 0)
         optimizer = create_optimizer(model, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"])
 
         def step(model: Any = model, batch: Any = batch, optimizer: Any = optimizer) -> None:
-            loss = model.training_step(batch, 0)
+            with precision:
+                loss = model.training_step(batch, 0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -87,6 +91,8 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
                 begun = time.perf_counter()
                 for _ in range(repeats):
                     step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 spent = (time.perf_counter() - begun) / repeats + wait
             if round_ or not seconds[size]:
                 seconds[size].append(spent)

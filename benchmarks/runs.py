@@ -7,6 +7,7 @@ trains with. An interrupted run goes on from its last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,12 @@ class Run:
         key: dict[str, Any] = {"size": self.size, "steps": self.steps, "lr": self.lr, "seed": self.seed}
         technique = None if self.technique is None else list(self.technique)
         return key | {"technique": technique, "flags": list(self.flags), "again": self.again}
+
+    @property
+    def settings(self) -> str:
+        """Digest of the task's flags and those of the size, which the key only names."""
+        flags = json.dumps([self.task.machine, self.task.flags, self.task.sizes[self.size]])
+        return hashlib.blake2b(flags.encode(), digest_size=8).hexdigest()
 
     @property
     def name(self) -> str:
@@ -121,6 +129,7 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
     extra = {name: record[name] for name in ("sparse_flops",) if name in record}
     return {
         **run.key,
+        "settings": run.settings,
         "own_steps": own_steps,
         "flops": record["flops"],
         "tokens": samples * run.task.tokens,
@@ -185,14 +194,15 @@ class Runner:
 
     def _train(self, run: Run, core: int) -> dict[str, Any]:
         folder = self.folder / run.task.name / (run.recipe if run.technique is not None else "plain") / run.name
-        result, begun, last = folder / "result.json", folder / "begun.json", folder / "checkpoints" / "last.ckpt"
-        wanted = json.dumps([run.key, code_digest(run.recipe, run.technique is not None)])
+        result, begun = folder / "result.json", folder / "begun.json"
+        wanted = json.dumps([run.key, run.settings, code_digest(run.recipe, run.technique is not None)])
         folder.mkdir(parents=True, exist_ok=True)
         same = begun.exists() and begun.read_text() == wanted
         if not (same and result.exists() and "test" in json.loads(result.read_text())):
             arguments = run.arguments(folder)
-            if same and last.exists():
-                arguments.append(f"--ckpt_path={last}")
+            saved = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+            if same and saved:  # the end of an interrupted run
+                arguments.append(f"--ckpt_path={saved[-1]}")
             begun.write_text(wanted)
             script = ROOT / "recipes" / f"{run.recipe}.py"
             child = self._context.Process(target=_child, args=(str(script), arguments, core, str(folder / "log.txt")))
@@ -215,7 +225,10 @@ class Runner:
 
     def make_all(self, runs: Iterable[Run], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """All of these runs, as many at a time as there are cores, ``done`` called with each entry."""
-        self._all([lambda run=run: [(run, self.make(run))] for run in runs], done, len(self.cores))
+        self._all([partial(self._alone, run) for run in runs], done, len(self.cores))
+
+    def _alone(self, run: Run) -> list[tuple[Run, dict[str, Any]]]:
+        return [(run, self.make(run))]
 
     def make_pairs(self, pairs: Iterable[tuple[Run, Run]], done: Callable[[Run, dict[str, Any]], None]) -> None:
         """Pairs of runs that start at the same time, a core each; which has which core alternates with the seed.
@@ -232,7 +245,7 @@ class Runner:
                 made = [pool.submit(self.make, run, core) for run, core in zip((one, other), cores, strict=True)]
                 return [(run, future.result()) for run, future in zip((one, other), made, strict=True)]
 
-        self._all([lambda pair_=pair_: pair(*pair_) for pair_ in pairs], done, 1)
+        self._all([partial(pair, *both) for both in pairs], done, 1)
 
     def _all(self, makes: Sequence[Callable[[], list[Any]]], done: Callable[..., None], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:

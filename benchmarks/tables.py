@@ -1,311 +1,461 @@
-"""The README's tables and the plots, made from the stored results and from nothing else."""
+"""Everything that is generated from the stored results: tables of the README and of docs/, and the pictures.
+
+    python benchmarks/tables.py
+
+Nothing is measured here, and nothing but the stored files is read. ``check.py`` tells whether the pages are up to date.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import re
 import statistics
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from frontier import best_runs
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import more_tables  # noqa: E402
+import tasks_gpu  # noqa: E402
+from analysis import TUNING, envelope, plain_points, price_of  # noqa: E402
+from entries import ENTRIES  # noqa: E402
+from envelope import interval  # noqa: E402
+from store import Store  # noqa: E402
+from tasks import TASKS, Task  # noqa: E402
 
-REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning from context or image
+__all__ = ["RESULTS", "Measured", "PlainPoint", "measured", "pages", "plain_points_of", "update_pages"]
 
+RESULTS = ROOT / "benchmarks" / "results"
+KNOWN: dict[str, Task] = TASKS | tasks_gpu.TASKS
+NO_VALUE: dict[str, Any] = {"estimate": None, "low": None, "high": None, "reason": "not measured"}
 
-ACCURACIES = {  # in a run's metrics, and what tables call them
-    "val/accuracy": "accuracy",
-    "linear_probe_accuracy": "linear probe",
-    "fine_tune_accuracy": "fine-tuned",
+_REASONS = {  # what analysis says, in fewer words
+    r"an interval needs runs of at least two seeds.*": "too few seeds",
+    r"better than the longest plain run: at least (-\d+%) saved": "better than the longest plain run",
+    r"better than the longest plain run: at least (\d+%) saved": r"at least \1: better than the longest plain run",
+    r"its loss, .*, is worse than the shortest plain run's .*": "worse than the shortest plain run",
+    r"its cost, .*, lies beyond the plain runs' .*": "its cost lies beyond the plain runs'",
+    r"no pairs of runs at the same time were made": "not measured in pairs",
+    r"it has none on this network": "none for this network",
 }
 
 
-def quality(runs: list[dict[str, Any]]) -> str:
-    """Mean loss of some runs, and what it means: the unigram entropy beside it, or accuracy and chance."""
-    mean = {name: [run[name] for run in runs if run.get(name) is not None] for name in ("loss", *REFERENCES)}
-    text = f"{statistics.mean(mean['loss']):.3f}"
-    if mean["unigram_entropy"]:
-        text += f" (unigram {statistics.mean(mean['unigram_entropy']):.3f})"
-    if mean["chance_accuracy"]:
-        names = [name for name in ACCURACIES if name in runs[0]["metrics"]]
-        told = (f", {ACCURACIES[n]} {statistics.mean(run['metrics'][n] for run in runs):.1%}" for n in names)
-        text += f"{''.join(told)} (chance {statistics.mean(mean['chance_accuracy']):.1%})"
-    return text
+# -- what is stored ---------------------------------------------------------------------------------------------------
 
 
-def stored(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Results in a folder: savings are told by their ``saving``, other benchmarks by their file's stem."""
-    results = []
+@dataclass(frozen=True)
+class Measured:
+    """A technique on a task: its file of results, and the plain runs of the task."""
+
+    name: str
+    task: Task
+    store: Store
+    plain: Store
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """What the clock says of its headline network."""
+        return self.store.data["result"]
+
+    @property
+    def technique(self) -> str:
+        """Stem of its card."""
+        return self.store.data["technique"]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        kind = self.store.data.get("kind", "")
+        return self.technique.replace("_", " ") + (f" ({kind})" if kind else "")
+
+    @property
+    def missing_seeds(self) -> int:
+        """How many of the seeds that are reported it has not been trained with yet."""
+        return len(set(self.task.seeds) - set(self.result["seeds"]))
+
+
+def measured(folder: Path) -> list[Measured]:
+    """Techniques with results, in the order of the headline: loss at equal cost against the best plain network."""
+    found = []
+    plain: dict[str, Store] = {}
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        if kind == "saving" and "saving" in result or path.name.startswith(f"{kind}."):
-            results.append(result)
-    return results
+        store = Store(path)
+        task = KNOWN.get(store.data.get("task", ""))
+        if task is not None and store.data.get("result", {}).get("loss") is not None:
+            own = plain.setdefault(task.name, Store(folder / f"{task.name}.plain.json"))
+            found.append(Measured(path.stem, task, store, own))
+
+    def order(one: Measured) -> tuple[bool, float, str]:
+        estimate = one.result["loss_at_equal_cost"]["any_size"]["estimate"]
+        return estimate is None, estimate or 0.0, one.name
+
+    return sorted(found, key=order)
 
 
-def percent(one: dict[str, Any]) -> str:
-    """A saving with its interval, or that there is none."""
+@dataclass(frozen=True)
+class PlainPoint:
+    """Plain runs that differ in their seed only."""
+
+    size: str
+    steps: int
+    lr: float
+    flags: tuple[str, ...]
+    runs: tuple[dict[str, Any], ...]
+
+    @property
+    def tuning(self) -> bool:
+        """Whether its seeds are those that choices are made with."""
+        return self.runs[0]["seed"] >= TUNING
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """How much each weight has seen."""
+        return self.runs[0]["tokens"] / self.runs[0]["parameters"]
+
+    def counts(self, store: Store, task: Task) -> bool:
+        """Whether these are the runs that techniques are compared with: at the rate that was chosen, not tuning."""
+        reported = plain_points(store, task).get((self.size, self.steps), {})
+        return not self.flags and not self.tuning and any(run["lr"] == self.lr for run in reported.values())
+
+    def losses(self, split: str, metric: str) -> list[float]:
+        """One of each seed."""
+        return [run[split][metric] for run in self.runs]
+
+
+def plain_points_of(store: Store) -> list[PlainPoint]:
+    """All plain runs of a task, those for wall time left out, by size, then length."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in store.runs:
+        if run["technique"] is None and not run["again"]:
+            key = (run["size"], run["steps"], run["lr"], tuple(run["flags"]), run["seed"] >= TUNING)
+            groups.setdefault(key, []).append(run)
+    points = [PlainPoint(size, steps, lr, flags, tuple(own)) for (size, steps, lr, flags, _), own in groups.items()]
+    return sorted(points, key=lambda one: (price_of(store, one.size), one.size, one.flags, one.steps, one.lr))
+
+
+def minutes(cost: float, store: Store) -> float:
+    """A cost, in steps of the unit, in minutes of one core."""
+    return cost * store.data["prices"]["unit_seconds"] / 60
+
+
+# -- words and numbers ------------------------------------------------------------------------------------------------
+
+
+def brief(reason: str) -> str:
+    """Why there is no estimate, in few words.
+
+    >>> brief("its loss, 1.702, is worse than the shortest plain run's 1.650")
+    'worse than the shortest plain run'
+    """
+    for pattern, words in _REASONS.items():
+        if re.fullmatch(pattern, reason):
+            return re.sub(pattern, words, reason)
+    return reason
+
+
+def percent(one: Mapping[str, Any]) -> str:
+    """A saving with its interval, or the reason why there is none."""
     if one["estimate"] is None:
-        return "none told"
-    if one["low"] is None:
-        return f"{one['estimate']:.0%} (no interval)"
-    return f"**{one['estimate']:.0%}** ({one['low']:.0%} to {one['high']:.0%})"
+        return brief(one["reason"])
+    return f"{one['estimate']:.0%} ({one['low']:.0%} to {one['high']:.0%})".replace("-0%", "0%")
 
 
-def signed(one: dict[str, Any]) -> str:
-    """A relative difference with its interval."""
-    within = "no interval" if one["low"] is None else f"{one['low']:+.1%} to {one['high']:+.1%}"
-    return f"{one['estimate']:+.1%} ({within})"
+def difference(one: Mapping[str, Any]) -> str:
+    """A difference of losses with its interval, or the reason why there is none."""
+    if one["estimate"] is None:
+        return brief(one["reason"])
+    digits = 3 if one["high"] - one["low"] >= 0.004 else 4
+    return f"{one['estimate']:+.{digits}f} ({one['low']:+.{digits}f} to {one['high']:+.{digits}f})"
 
 
-def savings_table(results: list[dict[str, Any]]) -> str:
-    """A row per technique and preset: savings at equal loss on each clock."""
-    lines = [
-        "| technique | recipe | saved reference time | saved FLOPs | saved wall time | loss | measured on |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        hardware = r["hardware"]
-        cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread a run"
-        machine = hardware["gpus"][0] if r["preset"] == "gpu" else cpu
-        title = r["technique"].replace("_", " ")
-        cells = [
-            f"[{title}](docs/{r['technique']}.md)",
-            f"[`{r['recipe']}`](recipes/{r['recipe']}.py), {r['preset']}",
-            percent(r["saving"]["reference_seconds"]),
-            percent(r["saving"]["flops"]) + zeros_left_out(r["saving"]),
-            percent(r["saving"]["wall_seconds"]),
-            "; ".join([quality(best_runs(r["points"], False, r["headline_steps"])), *at_equal_accuracies(r)]),
-            f"{machine}, {len(r['seeds'])} seeds, {r['date']}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation over seeds if there are several."""
+    mean = statistics.mean(values)
+    return f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def zeros_left_out(saving: dict[str, Any]) -> str:
-    """FLOPs saved if products with zeros cost nothing, which no dense kernel makes true."""
-    return f"; {percent(saving['sparse_flops'])} if zeros cost nothing" if "sparse_flops" in saving else ""
+def verdict(one: Mapping[str, Any]) -> str:
+    """What a difference of losses says, read with its whole interval."""
+    if one["high"] < 0:
+        return "better than"
+    return "worse than" if one["low"] > 0 else "not told apart from"
 
 
-def at_equal_accuracies(result: dict[str, Any]) -> list[str]:
-    """Reference time saved at equal accuracies, for a loss that is not what one trains for."""
-    headline = next(entry for entry in result["by_length"] if entry["steps"] == result["headline_steps"])
-    found = headline.get("at_equal", {})
-    return [f"at equal {ACCURACIES[name]} accuracy {percent(one)}" for name, one in found.items()]
-
-
-def points_table(result: dict[str, Any]) -> str:
-    """Every point of a sweep, as means over its seeds, and the saving of each length of the technique."""
-    lines = [
-        "| run | steps | rate | loss (context-free) | reference s | TFLOPs | wall s | saved reference time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    savings = {entry["steps"]: percent(entry["reference_seconds"]) for entry in result["by_length"]}
-    groups = {(not p["baseline"], p["steps"], p["lr"]) for p in result["points"]}
-    for group in sorted(groups):
-        own = [p for p in result["points"] if (not p["baseline"], p["steps"], p["lr"]) == group]
-        mean = {n: statistics.mean(p[n] for p in own) for n in ("reference_seconds", "flops", "wall_seconds")}
-        baseline, steps = own[0]["baseline"], own[0]["steps"]
-        lines.append(
-            f"| {'baseline' if baseline else result['technique'].replace('_', ' ')} | {steps:,} | {own[0]['lr']:g} "
-            f"| {quality(own)} | {mean['reference_seconds']:.0f} | {mean['flops'] / 1e12:.1f} "
-            f"| {mean['wall_seconds']:.0f} | {'' if baseline else savings[steps]} |"
+def against_control(result: Mapping[str, Any]) -> str:
+    """The static control, by name, and how far the technique lies from it."""
+    control = result.get("static_control", NO_VALUE | {"about": "none"})
+    if control["estimate"] is None:
+        return (
+            control["about"]
+            if control["about"].startswith("none")
+            else f"{control['about']}: {brief(control['reason'])}"
         )
-    for entry in result["by_length"]:
-        for name, one in entry.get("at_equal", {}).items():
-            told = percent(one) + (f" ({one['reason']})" if one["reason"] else "")
-            lines += [
-                "",
-                f"Reference time saved by {entry['steps']:,} steps at equal {ACCURACIES[name]} accuracy: {told}.",
-            ]
-        if "sparse_flops" in entry:
-            told = percent(entry["sparse_flops"])
-            lines += ["", f"FLOPs saved by {entry['steps']:,} steps if zeros cost nothing: {told}."]
-        if "as_long" in entry:
-            told = [signed(entry["as_long"][name]) for name in ("loss", "reference_seconds")]
-            lines += ["", f"Against the baseline's {entry['steps']:,} steps: loss {told[0]}, reference time {told[1]}."]
-    if after := result.get("after_one_step"):
-        told = ", ".join(f"{ACCURACIES[name]} {accuracy:.1%}" for name, accuracy in after.items())
-        lines += ["", f"For comparison, after a single step of pre-training: {told}."]
-    for baseline, name in ((True, "baseline"), (False, "technique")):
-        own = [one for one in result["tuning"] if one["baseline"] == baseline]
-        tried = ", ".join(f"{one['steps']:,} steps at {one['lr']:g}: {one['loss']:.3f}" for one in own)
-        lines += ["", f"Tuning of the {name}'s rate (loss of one other seed): {tried}."] if own else []
+    return f"{verdict(control)} {control['about']}: {difference(control)}"
+
+
+def control_does_as_well(result: Mapping[str, Any]) -> str:
+    """Said of a gain over the same network that the static control has too."""
+    control, gain = result.get("static_control", NO_VALUE), result["loss_at_equal_cost"]["same_network"]
+    if control["estimate"] is None or gain["estimate"] is None or gain["estimate"] >= 0 or control["high"] < 0:
+        return ""
+    about = control["about"]
+    verb = "does" if about.split()[0] in ("a", "an", "the") else "do"
+    return f"; {about}{',' if ',' in about else ''} {verb} {'better' if control['low'] > 0 else 'as well'}"
+
+
+def wins(one: Measured) -> bool:
+    """Whether it beats the best plain network and its static control, both with the whole interval, over all seeds."""
+    both = (one.result["loss_at_equal_cost"]["any_size"], one.result.get("static_control", NO_VALUE))
+    return not one.missing_seeds and all(own["estimate"] is not None and own["high"] < 0 for own in both)
+
+
+def wall(result: Mapping[str, Any]) -> str:
+    """The saving in wall time against the same network, and whether it contradicts the priced one."""
+    own, priced = result["wall"], result["saving"]["same_network"]
+    text = percent(own)
+    if own["estimate"] is None or priced["estimate"] is None:
+        return text
+    if own["high"] < priced["low"]:
+        return f"{text}; less than by priced steps"
+    return f"{text}; more than by priced steps" if own["low"] > priced["high"] else text
+
+
+def network(result: Mapping[str, Any]) -> str:
+    """Size, and how much each of its weights has seen."""
+    return f"{result['size']}, {result['tokens_per_parameter']:.0f} tokens per parameter"
+
+
+def tried(one: Measured) -> str:
+    """Seeds and settings."""
+    seeds = f"{len(one.result['seeds'])} seeds"
+    if one.missing_seeds:
+        seeds = f"**incomplete**: {len(one.result['seeds'])} of {len(one.task.seeds)} seeds"
+    return f"{seeds}; {one.result['settings_tried']} settings, plain {one.result['settings_tried_plain']}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    head = list(head)
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+# -- the README -------------------------------------------------------------------------------------------------------
+
+
+def savings_table(found: Sequence[Measured], docs: Path) -> str:
+    """A row per technique and task, the best first, and what has not been measured."""
+    head = (
+        "technique",
+        "task",
+        "network",
+        "saved, against the best plain network of any size",
+        "saved, against the same network",
+        "loss at equal cost, against any size; the same network",
+        "against its static control",
+        "saved wall time, same network",
+        "tried",
+    )
+    rows = []
+    for one in found:
+        result, card = one.result, docs / f"{one.technique}.md"
+        saved = percent(result["saving"]["any_size"])
+        by_samples = "; its cost is counted by samples" if result.get("priced") == "by samples" else ""
+        losses = result["loss_at_equal_cost"]
+        unit = "" if one.task.metric == "loss" else f" ({one.task.metric.replace('_', ' ')})"
+        rows.append(
+            (
+                f"[{one.title}](docs/{card.name})" if card.exists() else one.title,
+                f"`{one.task.name}`",
+                network(result),
+                (f"**{saved}**" if wins(one) else saved) + by_samples,
+                percent(result["saving"]["same_network"]) + control_does_as_well(result),
+                f"{difference(losses['any_size'])}; {difference(losses['same_network'])}{unit}",
+                against_control(result),
+                wall(result),
+                tried(one),
+            )
+        )
+    lines = table(head, rows) if rows else []
+    if rows:
+        picture = "benchmarks/results/overview.png"
+        lines += ["", f"![Loss at equal cost against the best plain network, of each technique]({picture})"]
+    missing = [entry.name for entry in ENTRIES.values() if entry.name not in {one.name for one in found}]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        lines += [*([""] if lines else []), f"Not yet measured by this edition of the clock: {names}."]
     return "\n".join(lines)
 
 
-def choices_table(result: dict[str, Any]) -> str:
-    """Variants of a technique at equal FLOPs."""
-    entropy = result["unigram_entropy"]
-    context_free = f" (unigram {entropy:.3f})" if entropy else ""
+# -- a page per task --------------------------------------------------------------------------------------------------
+
+
+def task_section(task: Task, plain: Store, found: Sequence[Measured], docs: Path) -> str:
+    """Plain runs, rates that were tried, and techniques on one task."""
+    if "prices" not in plain.data or not plain.runs:
+        return "Not measured yet."
+    points, metric = plain_points_of(plain), task.metric.replace("_", " ")
+    curve = envelope(plain, task)
+    on_envelope = set(zip(curve.sizes, curve.costs, strict=True)) if curve else set()
+    rows = []
+    for point in (point for point in points if not point.tuning):
+        cost = point.runs[0]["own_steps"] * price_of(plain, point.size)
+        chosen = point.counts(plain, task) and (point.size, cost) in on_envelope
+        rows.append(
+            (
+                ", ".join([point.size, *(f"`{flag}`" for flag in point.flags)]),
+                f"{point.runs[0]['parameters']:,}",
+                f"{point.steps:,}",
+                f"{point.tokens_per_parameter:.0f}",
+                f"{minutes(cost, plain):.1f}" if not point.flags else "",
+                f"{point.runs[0]['flops'] / 1e12:.2f}",
+                f"{point.lr:g}",
+                spread(point.losses("val", task.metric)),
+                spread(point.losses("test", task.metric)),
+                str(len(point.runs)),
+                "yes" if chosen else "",
+            )
+        )
+    head = ["network", "parameters", "steps", "tokens per parameter", "minutes of one core", "TFLOPs", "rate"]
+    head += [f"validation {metric}", f"test {metric}", "seeds", "best plain network for its cost"]
+    prices = ", ".join(
+        f"{size} {own['price']:.2f} (± {own['log_sd']:.1%})" for size, own in plain.data["prices"]["sizes"].items()
+    )
+    size, budget = task.trained
+    each = 1e3 * plain.data["prices"]["unit_seconds"]
     lines = [
-        f"| variant (rate {result['lr']:g}) | steps | TFLOPs | loss of each seed{context_free} |",
-        "|---|---|---|---|",
+        f"{task.about[0].upper()}{task.about[1:]}. A step of `{task.unit}` takes {each:.1f} ms of one core; in its "
+        f"steps those of the others cost: {prices}. Techniques are compared at {task.headline:,} such steps "
+        f"({minutes(task.headline, plain):.1f} minutes), and on `{size}` at {budget:,} "
+        f"({minutes(budget, plain):.1f} minutes). Means ± standard deviations over seeds:",
+        "",
+        *(table(head, rows) if rows else ["No runs of the seeds that are reported yet."]),
+        *tuning_lines([point for point in points if point.tuning], task),
+        *technique_lines([one for one in found if one.task is task], docs),
     ]
-    for row in result["variants"]:
-        losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
-        sparse = f" ({row['sparse_flops'] / 1e12:.2f} if zeros cost nothing)" if "sparse_flops" in row else ""
-        lines.append(f"| {row['variant']} | {row['steps']:,} | {row['flops'] / 1e12:.2f}{sparse} | {losses} |")
+    if any(point.counts(plain, task) for point in points):
+        picture = f"../benchmarks/results/{task.name}.png"
+        lines += ["", f"![Loss over cost on {task.name}: plain networks and techniques]({picture})"]
     return "\n".join(lines)
 
 
-def mae_step_lines(result: dict[str, Any]) -> str:
-    """What a step on the visible patches costs relative to one on all of them."""
-    lines = ["| network | encoder alone | whole step | cheaper, end to end |", "|---|---|---|---|"]
-    for name, size in result["sizes"].items():
-        encoder, whole = size["ratios"]["encoder"], size["ratios"]["end to end"]
-        cells = [f"{one['estimate']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in (encoder, whole)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {1 / whole['estimate']:.1f} times |")
-    return "\n".join(lines)
+def tuning_lines(points: Sequence[PlainPoint], task: Task) -> Iterator[str]:
+    """Rates that were tried, on the validation split and with a seed of their own."""
+    groups: dict[tuple[Any, ...], list[PlainPoint]] = {}
+    for point in points:
+        groups.setdefault((point.size, point.steps, point.flags), []).append(point)
+    told = []
+    for (size, steps, flags), own in groups.items():
+        where = ", ".join([size, *(f"`{flag}`" for flag in flags), f"{steps:,} steps"])
+        told.append(f"{where}: " + ", ".join(f"{p.lr:g} {p.runs[0]['val'][task.metric]:.3f}" for p in own))
+    if told:
+        yield from ("", f"Rates tried (validation {task.metric.replace('_', ' ')}, one other seed): {'; '.join(told)}.")
 
 
-def throughput_lines(results: list[dict[str, Any]]) -> str:
-    """How our training step compares with its peers."""
-    lines = ["| step of `BertMLM` against | size | time ratio (below 1: ours is faster) |", "|---|---|---|"]
-    for result in results:
-        for size in result["sizes"]:
-            for peer, ratio in size["ratios"].items():
-                interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-                lines.append(f"| {peer} | {size['name']} | {ratio['estimate']:.2f} ({interval}) |")
-    return "\n".join(lines)
+def technique_lines(found: Sequence[Measured], docs: Path) -> Iterator[str]:
+    """Techniques on a task, on each of their networks."""
+    rows = []
+    for one in found:
+        for own in (one.result["networks"][name] for name in headline_first(one)):
+            if own.get("loss") is not None:
+                rows.append(
+                    (
+                        f"[{one.title}]({one.technique}.md)" if (docs / f"{one.technique}.md").exists() else one.title,
+                        network(own),
+                        f"{minutes(own['cost'], one.plain):.1f}",
+                        f"{own['lr']:g}",
+                        f"{own['loss']:.3f} ({len(own['seeds'])} seeds)",
+                        difference(own["loss_at_equal_cost"]["any_size"]),
+                        difference(own["loss_at_equal_cost"]["same_network"]),
+                        against_control(own),
+                    )
+                )
+    if rows:
+        head = ["technique", "network", "minutes of one core", "rate", f"test {found[0].task.metric.replace('_', ' ')}"]
+        head += ["against any size at equal cost", "against the same network", "against its static control"]
+        yield from ("", *table(head, rows))
 
 
-def overhead_lines(results: list[dict[str, Any]]) -> str:
-    """What the idle clock and the guards cost."""
-    lines = ["| callback | " + " | ".join(size["name"] for r in results for size in r["sizes"]) + " |"]
-    lines.append("|---" * lines[0].count(" | ") + "|---|")
-    for name in results[0]["sizes"][0]["callbacks"] if results else []:
-        found = [(size["callbacks"][name], size["step_seconds"]) for r in results for size in r["sizes"]]
-        cells = [f"{one['share']:.2%} of {1e3 * step:.0f} ms" for one, step in found]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def headline_first(one: Measured) -> list[str]:
+    """Names of its networks."""
+    return sorted(one.result["networks"], key=lambda name: (name != one.store.data["headline"], name))
 
 
-def memory_lines(results: list[dict[str, Any]]) -> str:
-    """State, peak memory and time of 8-bit optimizers, as shares of their 32-bit forms."""
-    lines = [
-        "| optimizer | size | state | share of 32-bit | peak memory | time of a step | on |",
-        "|---|---|---|---|---|---|---|",
+# -- a technique's card -----------------------------------------------------------------------------------------------
+
+
+def card_section(one: Measured) -> str:
+    """Everything of one technique on one task."""
+    names = [name for name in headline_first(one) if one.result["networks"][name].get("loss") is not None]
+    own = [one.result["networks"][name] for name in names]
+    chosen = [one.store.data["chosen"][name] for name in names]
+    metric = one.task.metric.replace("_", " ")
+
+    def row(label: str, values: Iterable[str]) -> tuple[str, ...]:
+        return (label, *values)
+
+    rows = [
+        row("steps, rate", (f"{c['steps']:,}, {c['lr']:g}" for c in chosen)),
+        row("settings", (" ".join(f"`{flag}`" for flag in c["flags"]) or "the recipe's" for c in chosen)),
+        row("minutes of one core", (f"{minutes(o['cost'], one.plain):.1f}" for o in own)),
+        row("TFLOPs", (f"{o['flops'] / 1e12:.2f}" for o in own)),
+        row("tokens per parameter", (f"{o['tokens_per_parameter']:.0f}" for o in own)),
+        row(f"test {metric}", (spread([r["test"][one.task.metric] for r in runs_of(one, n)]) for n in names)),
+        row("other metrics", (others(o["metrics"], one.task.metric) for o in own)),
+        row("saved, any size", (percent(o["saving"]["any_size"]) for o in own)),
+        row("saved, same network", (percent(o["saving"]["same_network"]) for o in own)),
+        row("saved FLOPs, any size", (percent(o["saving_flops"]["any_size"]) for o in own)),
+        row("saved FLOPs, same network", (percent(o["saving_flops"]["same_network"]) for o in own)),
+        row(f"{metric} at equal cost, any size", (difference(o["loss_at_equal_cost"]["any_size"]) for o in own)),
+        row(
+            f"{metric} at equal cost, same network", (difference(o["loss_at_equal_cost"]["same_network"]) for o in own)
+        ),
+        row("static control", map(against_control, own)),
+        row("settings tried", (f"{o['settings_tried']}, plain {o['settings_tried_plain']}" for o in own)),
     ]
-    for result in results:
-        machine = (result["hardware"]["gpus"] or [result["hardware"]["cpu"]])[0]
-        for size in result["sizes"]:
-            for row in size["optimizers"]:
-                step = row["step_ratio"]
-                cells = [
-                    f"`{row['optimizer']}` / `{row['against']}`",
-                    size["name"],
-                    f"{row['state_bytes'] / 2**20:.1f} MiB",
-                    f"**{row['state_ratio']:.3f}**",
-                    f"{row['peak_bytes'] / max(1, row['peak_bytes_32']):.2f}",
-                    f"{step['estimate']:.2f} ({step['low']:.2f} to {step['high']:.2f})",
-                    f"{machine}, {result['date']}",
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if results else "Not measured yet; `python benchmarks/memory.py` writes the table here."
-
-
-def parity_lines(result: dict[str, Any]) -> str:
-    """The loss with 8-bit state beside that with 32-bit state, seed by seed."""
-    same = result["parity"]
-    entropy = f" (unigram {same['unigram_entropy']:.3f})" if same["unigram_entropy"] else ""
-    lines = [
-        f"| state | bytes | loss of each seed after {same['steps']:,} steps{entropy} | mean |",
-        "|---|---|---|---|",
-    ]
-    for side, losses in same["losses"].items():
-        share = f"{same['state_ratio']:.3f}" if side == "8-bit" else "1"
-        each = ", ".join(f"{loss:.4f}" for loss in losses)
-        lines.append(f"| {side} | {share} | {each} | {statistics.mean(losses):.4f} |")
-    spread = same["spread_over_seeds"]
-    noise = f"; seeds differ by {spread:.4f} (standard deviation)" if spread is not None else ""
-    told = f"Loss with 8-bit state against 32-bit, seed by seed: {signed(same['difference'])}{noise}."
-    return "\n".join([*lines, "", told])
-
-
-def large_batch_table(result: dict[str, Any]) -> str:
-    """Every side of a comparison at equal samples."""
-    lines = [
-        f"| side | batch | steps | rate | loss (context-free) | above the small batch, {len(result['seeds'])} seeds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for side, one in result["above_small"].items():
-        own = [p for p in result["points"] if p["side"] == side]
-        cells = [
-            side,
-            f"{own[0]['samples'] // own[0]['steps']:,}",
-            f"{own[0]['steps']:,}",
-            f"{own[0]['lr']:g}",
-            quality(own),
-            "" if side == "small batch" else signed(one),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    data = one.store.data
+    told = [f"**`{one.name}`**: {one.task.about}."]
+    if one.missing_seeds:
+        told.append(f"**Incomplete**: {len(one.result['seeds'])} of {len(one.task.seeds)} seeds.")
+    if one.result.get("priced") == "by samples":
+        told.append("Its steps have no plain form to be timed beside, so their cost is counted by samples.")
+    heads = [f"{o['size']}{' (headline)' if n == data['headline'] else ''}" for n, o in zip(names, own, strict=True)]
+    lines = [" ".join(told), "", *table(["", *heads], rows), ""]
+    for name, each in zip(names, own, strict=True):
+        seeds = ", ".join(f"{run['seed']}: {run['test'][one.task.metric]:.4f}" for run in runs_of(one, name))
+        lines += [f"Test {metric} of each seed on {each['size']}: {seeds}.", ""]
+    pairs = f", {one.result['wall']['pairs']} pairs" if one.result["wall"].get("pairs") else ""
+    lines += [f"Wall time saved against the same network: {wall(one.result)}{pairs}.", ""]
+    hardware = data.get("hardware", {})
+    machine = ", ".join(hardware.get("gpus") or [str(hardware.get("cpu", "unknown processor"))])
+    packages = ", ".join(f"{name} {version}" for name, version in data.get("versions", {}).items())
+    lines.append(f"From `{data['command']}` on {machine}, {data['date']}; {packages}.")
     return "\n".join(lines)
 
 
-def large_batch_lines(result: dict[str, Any]) -> str:
-    """The table, and the rates that were tried."""
-    lines = [large_batch_table(result)]
-    for side in result["above_small"]:
-        own = [one for one in result["tuning"] if one["side"] == side]
-        tried = ", ".join(f"{one['lr']:g}: {one['loss']:.3f}" for one in own)
-        lines += ["", f"Rates tried for {side} (loss of one other seed): {tried}."]
-    return "\n".join(lines)
+def runs_of(one: Measured, name: str) -> list[dict[str, Any]]:
+    """The runs that are reported of a network, by seed."""
+    chosen, size = one.store.data["chosen"][name], one.store.data["networks"][name][0]
+    wanted: tuple[Any, ...] = (size, chosen["steps"], chosen["lr"], chosen["flags"], [], "")
+    runs = [
+        run
+        for run in one.store.runs
+        if (run["size"], run["steps"], run["lr"], run["technique"], run["flags"], run["again"]) == wanted
+        and run["seed"] in one.task.seeds
+    ]
+    return sorted(runs, key=lambda run: run["seed"])
 
 
-def plot_saving(result: dict[str, Any], path: Path) -> None:
-    """Loss over cost on each clock: the baseline's frontier, the technique's runs, and the saving between them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3, sharey=True)
-    clocks = {"reference_seconds": "reference seconds", "flops": "FLOPs", "wall_seconds": "wall seconds"}
-    for axis, (clock, label) in zip(axes, clocks.items(), strict=True):
-        for baseline, color, name in ((True, "tab:grey", "baseline"), (False, "tab:blue", result["technique"])):
-            own = [p for p in result["points"] if p["baseline"] == baseline]
-            axis.scatter([p[clock] for p in own], [p["loss"] for p in own], color=color, s=12)
-            lengths = sorted({p["steps"] for p in own})
-            means = [
-                [statistics.mean(p[key] for p in best_runs(own, baseline, steps)) for key in (clock, "loss")]
-                for steps in lengths
-            ]
-            axis.plot(*zip(*means, strict=True), color=color, label=name.replace("_", " "))
-        axis.set_xscale("log")
-        axis.set_xlabel(label)
-        axis.set_title(percent(result["saving"][clock]).replace("*", "") + " saved", fontsize=9)
-        axis.grid(alpha=0.3, which="both")
-    if result["unigram_entropy"] is not None:
-        axes[0].axhline(result["unigram_entropy"], color="black", linestyle=":", label="unigram entropy")
-    axes[0].set_ylabel(result["metric"])
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+def others(metrics: Mapping[str, float], compared: str) -> str:
+    """Metrics beside the one that is compared."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items() if name != compared)
 
 
-def plot_overview(results: list[dict[str, Any]], path: Path) -> None:
-    """Reference time that each technique saved at equal loss, with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    told = [(r, r["saving"]["reference_seconds"]) for r in results]
-    told = sorted(((r, one) for r, one in told if one["estimate"] is not None), key=lambda pair: pair[1]["estimate"])
-    figure = Figure(figsize=(8, 1 + 0.35 * len(told)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for place, (_, one) in enumerate(told):
-        ends = [one["low"], one["high"]] if one["low"] is not None else [one["estimate"]] * 2
-        reach = [[100 * (one["estimate"] - ends[0])], [100 * (ends[1] - one["estimate"])]]
-        axis.errorbar(100 * one["estimate"], place, xerr=reach, fmt="o", color="tab:blue", capsize=3)
-    labels = [f"{r['recipe']}, {r['preset']}" for r, _ in told]  # two recipes may share a technique
-    axis.set_yticks(range(len(told)), labels)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_ylim(-0.5, len(told) - 0.5)
-    axis.set_xlabel("% of reference time saved at equal loss, 95% intervals")
-    axis.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=120)
+# -- pages ------------------------------------------------------------------------------------------------------------
 
 
 def update(text: str, name: str, body: str) -> str:
@@ -319,41 +469,83 @@ def update(text: str, name: str, body: str) -> str:
     return f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}"
 
 
-def update_readme(folder: Path) -> None:
-    """Write the generated parts of the README and of the method cards anew, if these are the project's own results."""
-    if folder.resolve() != ROOT / "benchmarks" / "results":
-        return  # somebody's own, kept apart by --out
-    readme, docs = ROOT / "README.md", ROOT / "docs"
-    readme.write_text(render(readme.read_text(), folder))
-    for result in stored(folder, "saving"):
-        card = docs / f"{result['technique']}.md"
-        if card.exists():
-            text = card.read_text()
-            for name in (f"points.{result['preset']}", f"points.{result['recipe']}.{result['preset']}"):
-                text = update(text, name, points_table(result))  # a card of several recipes has a place for each
-            card.write_text(text)
-    for result in stored(folder, "mae_step"):
-        card = docs / f"{result['technique']}.md"
-        card.write_text(update(card.read_text(), f"step.{result['preset']}", mae_step_lines(result)))
-    for result in stored(folder, "choices"):
-        card = docs / f"{result['technique']}.md"
-        if card.exists():
-            card.write_text(update(card.read_text(), f"choices.{result['preset']}", choices_table(result)))
-    for kind, name, make in (
-        ("large_batch", "large_batch", large_batch_lines),
-        ("memory", "eight_bit_optimizer", parity_lines),
-    ):
-        for result in stored(folder, kind):
-            card = docs / f"{name}.md"
-            if card.exists() and result.get("parity", True):
-                card.write_text(update(card.read_text(), f"{kind}.{result['preset']}", make(result)))
+def with_section(text: str, name: str, body: str) -> str:
+    """A card with a result in its place, which is made under "Measured" where it has none."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text:
+        before, heading, rest = text.partition("\n## Measured\n")
+        own, next_heading, after = rest.partition("\n## ")
+        text = f"{before.rstrip()}\n\n## Measured\n{own.rstrip()}\n\n{begin}\n{end}\n".replace(
+            "## Measured\n\n\n", "## Measured\n\n"
+        )
+        text += f"{next_heading}{after}" if heading else ""
+    return update(text, name, body)
 
 
-def render(text: str, folder: Path) -> str:
-    """The README with its generated parts as the stored results in ``folder`` have them."""
-    text = update(text, "savings", savings_table(stored(folder, "saving")))
-    text = update(text, "memory", memory_lines(stored(folder, "memory")))
-    for result in stored(folder, "large_batch"):
-        text = update(text, f"large_batch.{result['preset']}", large_batch_table(result))
-    text = update(text, "throughput", throughput_lines(stored(folder, "throughput")))
-    return update(text, "overhead", overhead_lines(stored(folder, "overhead")))
+def pages(folder: Path = RESULTS, root: Path = ROOT) -> dict[Path, str]:
+    """All pages that hold generated parts, as the results in ``folder`` have them."""
+    found, docs = measured(folder), root / "docs"
+    texts = {path: path.read_text() for path in [root / "README.md", *sorted(docs.glob("*.md"))] if path.exists()}
+
+    def put(path: Path, name: str, body: str) -> None:
+        if path in texts:
+            texts[path] = update(texts[path], name, body)
+
+    readme = root / "README.md"
+    put(readme, "savings", savings_table(found, docs))
+    for task in KNOWN.values():
+        body = task_section(task, Store(folder / f"{task.name}.plain.json"), found, docs)
+        put(docs / "evidence.md", f"task.{task.name}", body)
+    for one in found:
+        card = docs / f"{one.technique}.md"
+        if card in texts:
+            name = one.name.removeprefix(f"{one.technique}.")
+            texts[card] = with_section(texts[card], f"result.{name}", card_section(one))
+    put(readme, "memory", more_tables.memory_lines(more_tables.stored(folder, "memory")))
+    put(readme, "throughput", more_tables.throughput_lines(more_tables.stored(folder, "throughput")))
+    put(readme, "overhead", more_tables.overhead_lines(more_tables.stored(folder, "overhead")))
+    for result in more_tables.stored(folder, "large_batch"):
+        name = f"large_batch.{result['preset']}"
+        put(readme, name, more_tables.large_batch_table(result))
+        put(docs / "large_batch.md", name, more_tables.large_batch_lines(result))
+    for result in more_tables.stored(folder, "memory"):
+        if result.get("parity"):
+            put(docs / "eight_bit_optimizer.md", f"memory.{result['preset']}", more_tables.parity_lines(result))
+    for result in more_tables.stored(folder, "mae_step"):
+        put(docs / f"{result['technique']}.md", f"step.{result['preset']}", more_tables.mae_step_lines(result))
+    return texts
+
+
+def update_pages(folder: Path) -> list[Path]:
+    """Write the generated parts of all pages anew, if these are the project's own results; which have changed."""
+    if folder.resolve() != RESULTS:
+        return []  # somebody's own, kept apart by --out
+    changed = {path: text for path, text in pages(folder).items() if path.read_text() != text}
+    for path, text in changed.items():
+        path.write_text(text)
+    return list(changed)
+
+
+def loss_interval(result: Mapping[str, Any], losses: Sequence[float]) -> tuple[float, float]:
+    """How far the interval of a technique's loss reaches down and up, for the pictures.
+
+    That of its difference to the best plain network, which is what counts; where there is none, that of its own losses.
+    """
+    own = result["loss_at_equal_cost"]["any_size"]
+    if own["estimate"] is not None:
+        return own["estimate"] - own["low"], own["high"] - own["estimate"]
+    mean, low, high = interval(losses) if len(losses) > 1 else (0.0, 0.0, 0.0)
+    return mean - low, high - mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    import figures
+
+    for path in [*update_pages(RESULTS), *figures.draw(RESULTS)]:
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

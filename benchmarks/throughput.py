@@ -131,7 +131,7 @@ def huggingface(size: Size) -> Contestant:
         max_position_embeddings=size.length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     model = BertForMaskedLM(config)
     return model, lambda batch: model(input_ids=batch["input_ids"], labels=batch["labels_everywhere"]).loss
@@ -180,7 +180,9 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def training_step(contestant: Contestant, batch: Batch, precision: AbstractContextManager[Any]) -> Callable[[], None]:
+def training_step(
+    contestant: Contestant | Any, batch: Any, precision: AbstractContextManager[Any]
+) -> Callable[[], None]:
     """The step as a function without arguments."""
     model, loss = contestant
     model.train()

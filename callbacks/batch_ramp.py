@@ -20,6 +20,7 @@ from lit_scale.factors.steps import accumulate, check_epoch, micro_batches, plan
 from lit_scale.progress import Windows, progress
 from lit_scale.schedules import RateScaling, check_starts, rate_factor, stage_at
 from lit_scale.technique import Technique
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["BatchRamp"]
 
@@ -36,7 +37,7 @@ class BatchRamp(Technique):
         stages: (start, batch) pairs; starts ascend from 0 and stay below 1; batches ascend, each a multiple of the one
             before, in samples of all ranks (int), or as a fraction of the batch that the Trainer accumulates (float).
         scaling: How the learning rate of a stage relates to that of the last one: ``"sqrt"``, ``"linear"``, or
-            ``"none"`` as in Smith et al., where a larger batch stands for a smaller rate.
+            ``"none"`` as in Smith et al., where a larger batch replaces a smaller rate.
 
     Raises:
         ValueError: At construction or before the first step, if the stages do not ascend or divide.
@@ -63,7 +64,6 @@ class BatchRamp(Technique):
         self._sizes: list[int] = []  # in micro-batches of a rank
         self._own = 0  # those that the Trainer accumulates without the ramp
         self._window = 0  # the one now
-        self._ends: list[Any] = []
         self.windows: Windows = []
 
     def settings(self) -> dict[str, Any]:
@@ -81,14 +81,14 @@ class BatchRamp(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another hand on the accumulation."""
+        """Refuse another callback that sets the accumulation."""
         super().setup(trainer, pl_module, stage)
-        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if callbacks_of(trainer, GradientAccumulationScheduler):
             raise ValueError("BatchRamp and GradientAccumulationScheduler both set the accumulation; use one of them")
         self.windows, self._sizes = [], []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle when each stage begins, as far as that can be known."""
+        """Plan when each stage begins; under ``max_time`` that is decided step by step."""
         self._own = trainer.accumulate_grad_batches
         self._sizes = self._resolve(trainer)
         if _by_the_clock(trainer):
@@ -100,7 +100,7 @@ class BatchRamp(Technique):
             data = trainer.num_training_batches * epochs if epochs > 0 else math.inf
             if trainer.max_steps < 0 and data == math.inf:
                 raise ValueError(
-                    "BatchRamp: stages are fractions of a run whose length cannot be told; pass max_steps or max_time, "
+                    "BatchRamp: stages are fractions of a run whose length is unknown; pass max_steps or max_time, "
                     "or max_epochs with a loader that has a length"
                 )
             self.windows = plan_windows(self._starts, self._sizes, max_steps=trainer.max_steps, batches=data)
@@ -112,30 +112,23 @@ class BatchRamp(Technique):
             check_epoch(trainer, self.windows)
         self._accumulate(trainer)
         for optimizer in trainer.optimizers if self.scaling != "none" else ():
-            self._ends.append(scale_rates(optimizer, self._rate))
+            self.undo_later(scale_rates(optimizer, self._rate))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the first micro-batch of a step, set how many it takes."""
-        step = trainer.global_step
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            if _by_the_clock(trainer):
-                due = self._sizes[stage_at(progress(trainer), self._starts)]
-                if due != self.windows[-1][1] and batch_idx % due == 0:
-                    self.windows = [*self.windows, (step, due)]
-            self._accumulate(trainer)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (step + 1) % every == 0:
-            pl_module.log(f"{self.name}/micro_batches", float(trainer.accumulate_grad_batches * trainer.world_size))
+    def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set how many micro-batches the step takes; under ``max_time``, begin the next stage if it is due."""
+        if _by_the_clock(trainer):
+            due = self._sizes[stage_at(progress(trainer), self._starts)]
+            if due != self.windows[-1][1] and trainer.fit_loop.batch_idx % due == 0:
+                self.windows = [*self.windows, (trainer.global_step, due)]
+        self._accumulate(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a plain Trainer behind."""
-        self.teardown(trainer, pl_module, "fit")
+    def logged(self, trainer: Trainer) -> dict[str, float]:
+        """Micro-batches of all ranks in this step."""
+        return {"micro_batches": float(trainer.accumulate_grad_batches * trainer.world_size)}
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave a plain Trainer behind."""
-        for end in self._ends:
-            end()
-        self._ends = []
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the optimizers their rates back, and the Trainer its own accumulation."""
+        super().detach(trainer, pl_module)
         restore_accumulation(trainer)
 
     # -- sizes --------------------------------------------------------------------------------------------------------
@@ -153,7 +146,7 @@ class BatchRamp(Technique):
                     )
                 sizes.append(round(size))
             elif each is None:
-                raise ValueError(f"stages={self.stages}: the loader does not tell its batch size; give fractions")
+                raise ValueError(f"stages={self.stages}: the loader has no batch_size; give fractions")
             else:
                 sizes.append(micro_batches(amount, each * trainer.world_size))
         for one, other in zip(sizes, sizes[1:], strict=False):
@@ -193,4 +186,4 @@ def _until(windows: Windows, step: int) -> list[tuple[int, int]]:
 
 
 def _by_the_clock(trainer: Trainer) -> bool:
-    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return bool(callbacks_of(trainer, Timer))

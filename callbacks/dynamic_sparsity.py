@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,25 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_scale.cost import charge
-from lit_scale.factors.blocks import find_blocks
-from lit_scale.factors.units import UnitGroup, UnitKind, find_units
-from lit_scale.factors.weights import (
-    Cells,
-    WeightMasks,
-    erk_densities,
-    find_matrices,
-    pack_bits,
-    unpack_bits,
-    zero_slots,
-)
-from lit_scale.progress import progress
+from lit_scale.factors.sparse_weights import Granularity, SparseWeights, one_of
+from lit_scale.factors.units import UnitGroup, UnitKind
+from lit_scale.factors.weights import Cells
+from lit_scale.progress import progress, total_steps
 from lit_scale.schedules import number_or_share
-from lit_scale.seeds import derive_seed
-from lit_scale.technique import Technique, averages
 
 __all__ = ["DynamicSparsity", "drop_and_grow", "drop_share", "swap_in_fours"]
 
-Granularity = Literal["unit", "weight", "block", "2:4"]
 _EVERY = 100  # steps between two updates in RigL, or in a short run this share of it
 _EVERY_OF_SHORT = 0.1
 
@@ -95,7 +83,7 @@ def swap_in_fours(active: Tensor, magnitude: Tensor, growth: Tensor, count: int)
     return fours.flatten()
 
 
-class DynamicSparsity(Technique):
+class DynamicSparsity(SparseWeights):
     """Trains a share of the network's weights, and moves that share to where it is needed.
 
     With ``granularity="unit"`` whole feed-forward neurons and attention heads are left out: their layers multiply
@@ -131,8 +119,6 @@ class DynamicSparsity(Technique):
         >>> trainer = Trainer(max_steps=1_000, callbacks=[DynamicSparsity(density=0.5)], logger=False)
     """
 
-    factor = "weights"
-
     def __init__(
         self,
         density: float = 0.5,
@@ -149,309 +135,124 @@ class DynamicSparsity(Technique):
         seed: int = 0,
         blocks: str | None = None,
     ) -> None:
-        self.density, self.granularity, self.grow = density, granularity, grow
-        self.distribution = distribution or ("erk" if granularity in ("weight", "block") else "uniform")
-        self.drop, self.until = drop, until
+        super().__init__(
+            density,
+            granularity=granularity,
+            distribution=distribution,
+            units=units,
+            tile=tile,
+            layers=layers,
+            seed=seed,
+            blocks=blocks,
+        )
+        one_of("grow", grow, ("gradient", "random"))
+        if not 0.0 <= drop < 1.0:
+            raise ValueError(f"drop={drop} is not a share of the active weights in [0, 1)")
+        if not 0.0 < until <= 1.0:
+            raise ValueError(f"until={until} is not a share of the run in (0, 1]")
+        self.grow, self.drop, self.until = grow, drop, until
         self.every = None if every is None else number_or_share(every)
-        self.units, self.tile, self.layers, self.seed, self.blocks = units, tile, layers, seed, blocks
-        self._check_arguments()
-        self._interval = 1  # optimizer steps from update to update
-        self._decided_at = -1
-        self._due = False  # an update follows the step at work
-        self._dense = False  # that step took the dense gradient
-        self._everything = False  # all units are present
-        self._ended = False  # training has; steps are only replayed
-        self._off = False  # the clock prices a dense step
-        self._growth: dict[str, Tensor] = {}  # scores of the step at work, by layer
-        self._drawn: dict[str, list[Tensor]] = {}  # weights leading into units that may grow
-        self._handles: list[Any] = []
-        self._parts: list[Cells | UnitGroup] = []
-        self._masks: WeightMasks
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_arguments(self) -> None:
-        for name, value, known in (
-            ("granularity", self.granularity, ("unit", "weight", "block", "2:4")),
-            ("grow", self.grow, ("gradient", "random")),
-            ("distribution", self.distribution, ("uniform", "erk")),
-            ("units", self.units, ("all", "neurons", "heads")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, known))}")
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density={self.density} is not a share of the weights in (0, 1], such as 0.5")
-        if not 0.0 <= self.drop < 1.0:
-            raise ValueError(f"drop={self.drop} is not a share of the active weights in [0, 1)")
-        if not 0.0 < self.until <= 1.0:
-            raise ValueError(f"until={self.until} is not a share of the run in (0, 1]")
         if self.every is not None and not (self.every >= 1 if isinstance(self.every, int) else 0 < self.every < 1):
             raise ValueError(f"every={self.every!r} is neither a number of steps nor a share of the run in (0, 1)")
-        if self.granularity == "2:4" and self.density != 0.5:
-            raise ValueError(f"density={self.density} with granularity='2:4': two of four are 0.5")
-        if self.granularity in ("unit", "2:4") and self.distribution == "erk":
-            raise ValueError(f"distribution='erk' does not go with granularity={self.granularity!r}; use 'uniform'")
-        if self.granularity == "unit" and self.layers is not None:
-            raise ValueError("layers names matrices; with granularity='unit' choose by units='neurons' or 'heads'")
-        if self.tile < 2:
-            raise ValueError(f"tile={self.tile}: the side of a tile is at least 2; for single weights use 'weight'")
+        self._interval = 1  # optimizer steps from update to update
+        self._due = False  # an update follows the current step
+        self._growth: dict[str, Tensor] = {}  # scores of the current step, by layer
+        self._drawn: dict[str, list[Tensor]] = {}  # weights leading into units that may grow
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
-        names = "density granularity grow distribution drop every until units tile layers seed blocks"
-        return {name: getattr(self, name) for name in names.split()}
+        return super().settings() | {name: getattr(self, name) for name in ("grow", "drop", "every", "until")}
 
-    def _find(self, pl_module: LightningModule) -> list[Cells | UnitGroup]:
-        """The layers that become sparse, each with what it is cut into."""
-        stack = None if self.layers is not None else find_blocks(pl_module, self.blocks)
-        if self.granularity == "unit":
-            assert stack is not None
-            return list(find_units(stack, self.units))
-        found = find_matrices(pl_module, stack, self.layers)
-        if not found:
-            raise ValueError("no trained matrix inside of the network's blocks; name some with layers=[...]")
-        side = self.tile if self.granularity == "block" else 1
-        parts = [Cells(name, parameter, owner, side) for name, (parameter, owner) in found.items()]
-        for part in parts:
-            by_rows = isinstance(part.owner, nn.Linear | nn.MultiheadAttention | nn.modules.conv._ConvNd)
-            if self.granularity == "2:4" and not by_rows:
-                raise ValueError(f"granularity='2:4': {part.name} is of a {type(part.owner).__name__}, not a Linear")
-            if self.granularity == "2:4" and part.grid[1] % 4:
-                raise ValueError(f"granularity='2:4' needs inputs in fours, but {part.name} has {part.grid[1]}")
-        return list(parts)
-
-    def _counts(self, parts: list[Cells | UnitGroup]) -> list[int]:
-        """How many cells or units of each layer are active."""
-        densities = [self.density] * len(parts)
-        if self.distribution == "erk":
-            densities = erk_densities([cast(Cells, part).parameter.shape for part in parts], self.density)
-        counts = [round(density * len(part.active)) for density, part in zip(densities, parts, strict=True)]
-        for part, count in zip(parts, counts, strict=True):
-            if count < 1:
-                what = f"{len(part.active)} {part.kind if isinstance(part, UnitGroup) else 'weights or tiles'}"
-                least = f"{1 / len(part.active):.2g}"
-                raise ValueError(
-                    f"density={self.density} leaves none of the {what} of {part.name}; give {least} or more"
-                )
-        return counts
-
-    # -- hooks --------------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the layers and draw the first masks; a checkpoint brings its own."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return  # what is masked is 0: the plain network is the sparse one
-        goes_on = {part.name: part.active.cpu() for part in self._parts} if trainer.global_step else {}
-        self._parts, self._due, self._masks = self._find(pl_module), False, WeightMasks(pl_module)
-        for part, count in zip(self._parts, self._counts(self._parts), strict=True):
-            scores = self._random(part, 0, "first")
-            if self.granularity == "2:4":
-                chosen = scores.view(-1, 4).argsort(1)[:, :2] + 4 * torch.arange(len(scores) // 4)[:, None]
-            else:
-                chosen = scores.argsort()[:count]
-            first = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, chosen.flatten(), True)
-            part.active = goes_on.get(part.name, first)
-            if isinstance(part, Cells):  # from setup on, so that whoever listens to gradients later hears these
-                self._handles.append(part.parameter.register_hook(partial(self._sparse, part.parameter)))
+    # -- the algorithm ------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mask the weights, now that a checkpoint has been read and the device is known."""
-        self._decided_at, self._due, self._ended, self._everything = -1, False, False, False
-        self._interval = self._steps_between(trainer)
-        self._masks = WeightMasks(pl_module)
-        for part in self._parts:
-            if isinstance(part, Cells):
-                part.active = part.active.to(part.parameter.device)
-                self._handles.append(part.watch())
-            else:
-                part.attach()
-                part.show(part.active)
-            self._mask(part)
-        self._masks.zero_weights(averages(trainer))
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide, once per optimizer step, whether an update follows it."""
-        step = trainer.global_step
-        if step != self._decided_at:
-            self._decided_at = step
-            moves = self.drop > 0 and self.density < 1
-            if moves and step > 0 and step % self._interval == 0 and progress(trainer) < self.until:
-                with charge(trainer, "mask update"):
-                    self._prepare(True)
-            else:
-                self._prepare(False)
-        for part in self._parts:
-            if isinstance(part, Cells):
-                part.begin()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the scores from the dense gradient, then let it be that of the sparse network, before it is clipped."""
-        if self._off:
-            return
-        if self._growing:
-            self._growth = {part.name: score for part in self._parts if (score := part.growth()) is not None}
-            if self.granularity == "unit":
-                self._masks.zero_weights()
-                self._show(everything=False)
-        self._masks.zero_gradients()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From now on steps are only replayed."""
-        self._ended = True
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a plain model behind."""
-        self._detach()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave a plain model behind."""
-        self._detach()
-
-    # -- the technique ------------------------------------------------------------------------------------------------
-
-    @property
-    def _growing(self) -> bool:
-        """The step at work needs the dense gradient."""
-        return self._due and self.grow == "gradient"
+        """Settle when updates come."""
+        self._due, self._interval = False, self._steps_between(trainer)
+        super().on_train_start(trainer, pl_module)
 
     def _steps_between(self, trainer: Trainer) -> int:
         if isinstance(self.every, int):
             return self.every
-        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.num_training_batches != math.inf:
-            limits.append(-(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches) * trainer.max_epochs)
-        if self.every is not None and not limits:
-            raise ValueError(f"every={self.every}: the run's steps cannot be told ahead; give a number of steps")
-        share = self.every or _EVERY_OF_SHORT
-        steps = max(1, round(share * min(limits))) if limits else _EVERY
-        return steps if self.every is not None else min(_EVERY, steps)
+        steps = total_steps(trainer)
+        if self.every is not None and steps is None:
+            raise ValueError(f"every={self.every}: the run's number of steps is unknown; give a number of steps")
+        between = _EVERY if steps is None else max(1, round((self.every or _EVERY_OF_SHORT) * steps))
+        return between if self.every is not None else min(_EVERY, between)
 
-    def _random(self, part: Cells | UnitGroup, step: int, what: str) -> Tensor:
-        return torch.rand(len(part.active), generator=self._generator(part, step, what))
-
-    def _generator(self, part: Cells | UnitGroup, step: int, what: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.seed, step, part.name, what))
+    def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whether an update follows this step."""
+        step, moves = trainer.global_step, self.drop > 0 and self.density < 1
+        if moves and step > 0 and step % self._interval == 0 and progress(trainer) < self.until:
+            with charge(trainer, "mask update"):
+                self._prepare(True)
+        else:
+            self._prepare(False)
 
     def _prepare(self, due: bool) -> None:
-        """Before a step that an update follows: draw what may grow, and let all units be present for its gradient."""
+        """Before a step that an update follows: draw what may grow, and compute all units for their gradient."""
         self._due, self._growth, self._drawn = due, {}, {}
-        self._dense = self._growing
-        if self.granularity != "unit":
-            return
-        if due:
-            for part in cast(list[UnitGroup], self._parts):
-                self._drawn[part.name] = part.draw(self._generator(part, self._decided_at, "weights"))
-                if self._growing:
-                    part.fill(~part.active, self._drawn[part.name])
-        self._show(everything=self._growing)
+        self.dense_gradient = due and self.grow == "gradient"
+        for part in self.parts if due else ():
+            if isinstance(part, UnitGroup):
+                drawn = self._drawn[part.name] = part.draw(self.generator(part, self._decided_at, "weights"))
+                if self.dense_gradient:
+                    part.fill(~part.active, drawn)
+        self.show(everything=self.dense_gradient or self._off)
 
-    def _show(self, everything: bool) -> None:
-        if everything != self._everything:
-            self._everything = everything
-            for part in cast(list[UnitGroup], self._parts):
-                part.show(None if everything else part.active)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the scores from the dense gradient, then let it be that of the sparse network."""
+        if self._growing and not self._off:
+            self._growth = {part.name: score for part in self.parts if (score := part.growth()) is not None}
+            if self.granularity == "unit":
+                self._masks.zero_weights()
+                self.show(everything=False)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def _sparse(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        """The gradient of the sparse network, for what takes its norm before all of it is there; None leaves it."""
-        mask = self._masks.masks.get(parameter)  # none before training starts
-        return None if mask is None or self._off or self._growing else gradient * mask
-
-    def _mask(self, part: Cells | UnitGroup) -> None:
-        for parameter, mask in part.masks():
-            self._masks.set(parameter, mask)
-
-    def _after_step(self, trainer: Trainer) -> None:
-        """Behind the optimizer, whichever it is, and before anybody averages or saves the weights."""
-        if self._off:
-            return
+    def after_step(self, trainer: Trainer) -> None:
+        """Algorithm 1, lines 6 to 16: update the layers that ran."""
         due, self._due = self._due, False
-        self._masks.zero_weights()
-        self._masks.zero_codes(trainer.optimizers)
-        if due and not self._ended:
+        if due:
             with charge(trainer, "mask update"):
                 share = drop_share(progress(trainer), self.drop, self.until)
-                for part in self._parts:
+                for part in self.parts:
                     if self.grow == "random" or part.name in self._growth:
                         self._update(trainer, part, share)
-                self._masks.zero_weights(averages(trainer))
         self._growth, self._drawn = {}, {}
 
     def _update(self, trainer: Trainer, part: Cells | UnitGroup, share: float) -> None:
         """Algorithm 1, lines 8 to 14, for one layer."""
-        old, before = part.active, dict(part.masks())
-        growth = self._growth.get(part.name)
+        old, growth = part.active, self._growth.get(part.name)
         if growth is None:
-            growth = self._random(part, trainer.global_step, "growth").to(old.device)
+            growth = self.random(part, trainer.global_step, "growth").to(old.device)
         count = int(share * int(old.sum()))
         if isinstance(part, UnitGroup):  # gradients of active units, in and out, do not compare with those of new ones
             count, growth = min(count, int((~old).sum())), growth.masked_fill(old, -1.0)
         rule = swap_in_fours if self.granularity == "2:4" else drop_and_grow
-        part.active = rule(old, part.magnitude(), growth, count)
-        self._mask(part)
-        for parameter, mask in part.masks():
-            zero_slots(trainer.optimizers, parameter, self._masks.masks[parameter] & before[parameter].to(mask.device))
+        self.set_active(trainer, part, rule(old, part.magnitude(), growth, count))
         if isinstance(part, UnitGroup):
             part.fill(part.active & ~old, self._drawn[part.name])
-            part.show(part.active)
 
     def on_copy(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Let copied weights have the mask of their originals."""
-        parts = {part.key: part for part in self._parts}
-        for source, target in pairs:
-            if source in parts and target in parts:
-                part = parts[target]
-                part.active = parts[source].active.clone()
-                self._mask(part)
-                if isinstance(part, UnitGroup) and not self._everything:
-                    part.show(part.active)
-        self._masks.zero_weights()
+        """Give copied weights the mask of their originals, and draw anew what may grow."""
+        super().on_copy(pairs)
         self._prepare(self._due)
 
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self.granularity == "unit":
-            for part in cast(list[UnitGroup], self._parts):
-                part.release()
+    # -- the clock ----------------------------------------------------------------------------------------------------
 
-    # -- state and the clock ------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The masks, eight entries a byte, the same on all ranks."""
-        return {"masks": {part.name: pack_bits(part.active) for part in self._parts}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the masks of a checkpoint."""
-        masks = state_dict["masks"]
-        if self._parts and (other := {part.name for part in self._parts} ^ masks.keys()):
-            raise ValueError(f"the checkpoint's masks are of other layers: {', '.join(sorted(other))}; use its model")
-        for part in self._parts:
-            part.active = unpack_bits(masks[part.name], len(part.active))
-
-    def is_plain(self) -> bool:
-        """Nothing is left out."""
-        return self._off or self.density == 1.0
+    @property
+    def _growing(self) -> bool:
+        """The current step needs the dense gradient, and has not been taken yet."""
+        return self._due and self.dense_gradient
 
     def plain_step_kind(self) -> dict[str, Any]:
-        """All weights are there."""
+        """All weights are active."""
         return {"density": 1.0, "growing": False}
 
     def step_kind(self) -> dict[str, Any]:
         """The density, and whether the dense gradient is needed."""
-        return {"density": 1.0 if self._off else self.density, "growing": self._growing}
+        return super().step_kind() | {"growing": self._growing}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Let all units be present, or not, as in an earlier step."""
-        self._off = kind["density"] != self.density
+        """Let all units be computed, or not, as in an earlier step."""
+        super().impose_step_kind(trainer, pl_module, kind)
         self._prepare(kind["growing"])
-        if self._off and self.granularity == "unit":
-            self._show(everything=True)
-
-    def skipped_flops(self) -> int:
-        """FLOPs that only a kernel for sparse matrices would leave out: forward, and both gradients."""
-        products = 2 if self._dense else 3  # the dense gradient of the weights is needed where some grow
-        return sum(p.skipped(products) for p in self._parts if isinstance(p, Cells))

@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 
 from lit_scale.batches import count_samples
 from lit_scale.factors.samples import SampleChoice
+from lit_scale.progress import windows_of
+from lit_scale.technique import techniques
+from lit_scale.trainers import writes_logs
 
 __all__ = ["GradientNoiseScale", "signal_and_noise"]
 
@@ -50,8 +53,8 @@ class GradientNoiseScale(Callback):
 
     Gradients are taken as they are. Beside a technique that chooses samples, those that are trained count, and the
     figure is of their gradients: with the gate of :class:`ImportanceSampling` open of the weighted ones, whose noise
-    too falls as S / B, with a smaller S. A step whose micro-batches differ in samples or in weighting tells nothing
-    and is left out. What Adam or LAMB make of gradients has another noise scale, so read the figure as an order of
+    too falls as S / B, with a smaller S. A step whose micro-batches differ in samples or in weighting is
+    left out. What Adam or LAMB make of gradients has another noise scale, so read the figure as an order of
     magnitude.
 
     Args:
@@ -64,7 +67,7 @@ class GradientNoiseScale(Callback):
         >>> noise = GradientNoiseScale()
         >>> trainer = Trainer(accumulate_grad_batches=4, callbacks=[noise], accelerator="cpu", logger=False)
         >>> noise.verdict(batch=64)
-        'gradient noise scale: nothing can be told yet; train longer, with at least 2 micro-batches or ranks a step'
+        'gradient noise scale: nothing is known yet; train longer, with at least 2 micro-batches or ranks a step'
     """
 
     def __init__(self, smoothing: float = 0.99) -> None:
@@ -77,7 +80,7 @@ class GradientNoiseScale(Callback):
         self._hooks: list[Any] = []
         self._seen: Tensor | None = None  # squared norm of the first micro-batch's gradient, while it is summed up
         self._micro_batches: list[tuple[int, bool]] = []  # of the step: samples trained, and whether they were weighed
-        self._brought = 0  # samples of the batch at work
+        self._brought = 0  # samples of the current batch
         self._watching = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,13 +89,13 @@ class GradientNoiseScale(Callback):
         return averages | {"batch": self._batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self.signal, self.noise = state_dict["signal"], state_dict["noise"]
         self._weight, self._batch = state_dict["weight"], state_dict["batch"]
 
     @property
     def critical_batch(self) -> float:
-        """S / |G|^2 in samples; NaN while neither can be told from 0."""
+        """S / |G|^2 in samples; NaN while an estimate is not positive."""
         signal, noise = float(self.signal), float(self.noise)
         return noise / signal if signal > 0 and noise > 0 else float("nan")
 
@@ -104,7 +107,7 @@ class GradientNoiseScale(Callback):
         critical = self.critical_batch
         if not critical > 0:
             return (
-                "gradient noise scale: nothing can be told yet; train longer, with at least 2 micro-batches or ranks a "
+                "gradient noise scale: nothing is known yet; train longer, with at least 2 micro-batches or ranks a "
                 "step"
             )
         steps = 1 - (1 + critical / (2 * batch)) / (1 + critical / batch)
@@ -124,12 +127,12 @@ class GradientNoiseScale(Callback):
                 self._hooks.append(parameter.register_hook(self._listen))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say it where there is only one gradient a step."""
-        ramps = any(getattr(callback, "windows", ()) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1 and not ramps:
+        """Warn if there is only one gradient a step."""
+        one = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        if one and not windows_of(trainer):
             rank_zero_warn(
-                "GradientNoiseScale sees one gradient a step and can tell nothing; pass accumulate_grad_batches of at "
-                "least 2, or use several devices"
+                "GradientNoiseScale sees one gradient a step and can estimate nothing; pass accumulate_grad_batches of "
+                "at least 2, or use several devices"
             )
         self._micro_batches = []
 
@@ -150,14 +153,13 @@ class GradientNoiseScale(Callback):
             self._seen = square if self._seen is None else self._seen + square
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first micro-batch is through; only now is it known what of each batch was trained."""
+        """Note which samples of the micro-batch were trained, which is known only now."""
         self._watching = False
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        choices = [callback.trained for callback in callbacks if isinstance(callback, SampleChoice)]
+        choices = [choice.trained for choice in techniques(trainer) if isinstance(choice, SampleChoice)]
         self._micro_batches.append(choices[0] if choices else (self._brought, False))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Both norms are there: smooth what follows from them."""
+        """Estimate |G|^2 and S from both norms, and smooth them."""
         window, ranks = trainer.accumulate_grad_batches, trainer.world_size
         counted, self._micro_batches = self._micro_batches, []
         # The end of an epoch may cut a step short, and a gradient that overflowed in 16 bits is no gradient.
@@ -180,8 +182,7 @@ class GradientNoiseScale(Callback):
         self.signal = past * self.signal.to(signal.device) + (1 - past) * signal
         self.noise = past * self.noise.to(noise.device) + (1 - past) * noise
         self._weight = past * self._weight + 1 - past
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:
+        if writes_logs(trainer):
             pl_module.log("gradient_noise_scale/signal", (self.signal / self._weight).float())
             pl_module.log("gradient_noise_scale/noise", (self.noise / self._weight).float())
             pl_module.log("gradient_noise_scale/critical_batch", (self.noise / self.signal).float())

@@ -71,23 +71,23 @@ def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor
 class ImportanceSampling(SampleChoice):
     """Trains on the samples of a larger batch that move the weights most, while that pays.
 
-    As long as the gate is closed a step is the plain one, and every ``look_every``-th notes the gradients of its own
-    output, from which tau is told. When tau says that choosing pays, the loader is asked for ``presample`` times as
-    many samples; one forward pass without dropout and activations scores them, and as many as ever are trained.
+    While the gate is closed, steps are plain, and every ``look_every``-th step records the gradients of its own output,
+    from which tau is computed. When tau shows that choosing pays, the gate opens: the loader takes ``presample`` times
+    as many samples, one forward pass without dropout scores them, and the usual number is trained.
 
-    The module needs ``per_sample_loss(batch) -> (B,)``, of which ``training_step`` returns the mean.
+    The module needs ``per_sample_loss(batch) -> (B,)``, and ``training_step`` has to return its mean.
 
-    A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that takes a plan, as those of our data
-    modules do, is told the sizes of its batches ahead: what the gate decides takes effect when all batches that workers
-    may have prepared are through. Of any other loader each batch is the presample, and ``1 / presample`` of it is
-    trained, with the gate closed the first ones; give it a batch size that is ``presample`` times as large.
+    A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that takes a plan, as in our data modules,
+    gets the sizes of its batches ahead of time. The gate's decisions then take effect after all batches that workers
+    may already have prepared. With any other loader each batch is the presample, and ``1 / presample`` of it is
+    trained, the first samples while the gate is closed; give it a batch size that is ``presample`` times as large.
 
     Args:
         presample: How many times as many samples are scored as are trained, b. The gate can open only where b is above
             the square of ``threshold``, since tau of b samples is at most the root of b.
         threshold: The gate is open while tau is above; None is where choosing pays, ``(presample + 3) / 3``, a step's
             backward pass costing two forward ones.
-        look_every: With the gate closed, every so many batches the scores are looked at.
+        look_every: Batches from one record of the scores to the next while the gate is closed.
         output: Path of the last layer; None finds the output by itself
             (:func:`lit_scale.factors.scores.output_gradients`).
         seed: Of the draws, which are a function of (seed, rank, batch counter).
@@ -123,10 +123,10 @@ class ImportanceSampling(SampleChoice):
         self.presample, self.look_every, self.output, self.seed = presample, look_every, output, seed
         self.threshold = (presample + 3) / 3 if threshold is None else threshold
         self.tau = 0.0
-        self._looked = -1  # the batch at which tau was last told
+        self._looked = -1  # the batch of the latest tau
         self._changes: list[int] = []  # batches from which on the gate is open, closed, open...
         self._delay = 1  # batches after which a decision takes effect
-        self._gate = "closed"  # or "looks", or "open": of the batch at work
+        self._gate = "closed"  # or "looks", or "open": in the current batch
         self._looks: list[list[Tensor]] = []  # squared scores of the batches since the last optimizer step
         self._checked = False
 
@@ -137,7 +137,7 @@ class ImportanceSampling(SampleChoice):
     # -- the batch --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin with a closed gate; find the last layer, if it is named."""
+        """Begin with a closed gate; check that the named last layer exists."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -149,7 +149,7 @@ class ImportanceSampling(SampleChoice):
                 raise ValueError(f"output={self.output!r}: {type(pl_module).__name__} has no such part") from None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the loader for what has been decided."""
+        """Give the loader the plan, or warn of a loader that takes none."""
         super().on_train_start(trainer, pl_module)
         self._looks, self._checked = [], False
         loader: Any = trainer.train_dataloader
@@ -189,7 +189,7 @@ class ImportanceSampling(SampleChoice):
         return bisect_right(self._changes, number) % 2 == 1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Tell what this step does, and, before the first one, whether the module's output can be scored."""
+        """Set what this step does; before the first one, check that the module's output can be scored."""
         if not self._checked:
             with trainer.precision_plugin.forward_context():
                 check_outputs(pl_module, batch, self.output)
@@ -197,9 +197,11 @@ class ImportanceSampling(SampleChoice):
         number = self.number(trainer)
         looks = number % self.look_every == 0
         self._gate = "open" if self._is_open(number) else "looks" if looks else "closed"
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:
-            pl_module.log_dict({f"{self.name}/tau": self.tau, f"{self.name}/open": float(self._gate == "open")})
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def logged(self, trainer: Trainer) -> dict[str, float]:
+        """Tau, and whether the gate is open."""
+        return {"tau": self.tau, "open": float(self._gate == "open")}
 
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
         """Score and draw, or make the plain step."""
@@ -221,7 +223,7 @@ class ImportanceSampling(SampleChoice):
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Bring tau up to date, on all ranks alike, and decide; before anybody saves."""
+        """Update tau, equal on all ranks, and the gate, before a checkpoint is saved."""
         looks, self._looks = self._looks, []
         if not looks:
             return
@@ -240,11 +242,11 @@ class ImportanceSampling(SampleChoice):
             self._changes.append(number + self._delay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tau, and which batches are chosen from; those that are on their way too."""
+        """Tau, and from which batches on the gate is open or closed, future ones included."""
         return {"tau": self.tau, "looked": self._looked, "changes": list(self._changes), "delay": self._delay}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the gate of a checkpoint, and meet the batches that the uninterrupted run meets."""
+        """Restore the gate, so that batches are those of the uninterrupted run."""
         self.tau, self._looked = state_dict["tau"], state_dict["looked"]
         self._changes, self._delay = list(state_dict["changes"]), state_dict["delay"]
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lit_scale.factors.optimizers import replace_optimizers, run_schedulers, scale_rates
 from lit_scale.factors.steps import accumulate, check_epoch, restore_accumulation
 from lit_scale.schedules import RateScaling, rate_factor
-from lit_scale.technique import Technique
+from lit_scale.technique import Technique, techniques
 
 __all__ = ["LargeBatch"]
 
@@ -65,7 +65,6 @@ class LargeBatch(Technique):
             raise ValueError(f"lr={lr} must be above 0, or None")
         self._factor = rate_factor(times, scaling)
         self.times, self.optimizer, self.lr, self.scaling = times, optimizer, lr, scaling
-        self._ends: list[Any] = []
 
     def settings(self) -> dict[str, Any]:
         """The arguments."""
@@ -86,7 +85,7 @@ class LargeBatch(Technique):
             replace_optimizers(trainer, self._replacement)
         for optimizer in trainer.optimizers:
             factor = self._factor if self.lr is None else self.lr / _peak(trainer, optimizer)
-            self._ends.append(scale_rates(optimizer, partial(float, factor)))
+            self.undo_later(scale_rates(optimizer, partial(float, factor)))
 
     def _replacement(self, optimizer: Optimizer) -> Optimizer:
         if type(optimizer).__name__.endswith("8bit"):
@@ -109,18 +108,12 @@ class LargeBatch(Technique):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an epoch that ends inside a step."""
-        if not any(isinstance(other, Technique) and other.windows for other in trainer.callbacks):  # type: ignore[attr-defined]
+        if not any(other.windows for other in techniques(trainer)):
             check_epoch(trainer, [(0, trainer.accumulate_grad_batches)])
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a plain Trainer behind."""
-        self.teardown(trainer, pl_module, "fit")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave a plain Trainer behind."""
-        for end in self._ends:
-            end()
-        self._ends = []
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the optimizers their rates back, and the Trainer its own accumulation."""
+        super().detach(trainer, pl_module)
         restore_accumulation(trainer)
 
     # -- the clock ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_scale.progress import progress
 from lit_scale.technique import Technique
+from lit_scale.wrapping import replace
 
 __all__ = ["PatchDropping"]
 
@@ -68,9 +69,6 @@ class PatchDropping(Technique):
         self.fraction, self.tune = fraction, tune
         self.embedding, self.prefix = embedding, prefix
         self._now = 0.0  # the share that is dropped at this step
-        self._decided_at = -1  # optimizer step at which that was decided
-        self._module: Any = None  # where patches are dropped
-        self._before: Any = None  # what was there before
         self._dropout: Any
 
     def settings(self) -> dict[str, Any]:
@@ -88,21 +86,10 @@ class PatchDropping(Technique):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the dropping into its place."""
         self._attach(_find(pl_module, self.embedding))
-        self._decided_at = -1
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Drop until the tuning begins; decided once per optimizer step, never inside an accumulation window."""
-        if trainer.global_step != self._decided_at:
-            self._decided_at = trainer.global_step
-            self._drop(self.fraction if progress(trainer) < 1.0 - self.tune else 0.0)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave a plain network behind."""
-        self._detach()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave a plain network behind; not at the end of training, when the clock replays steps."""
-        self._detach()
+    def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop patches until the tuning begins."""
+        self._drop(self.fraction if progress(trainer) < 1.0 - self.tune else 0.0)
 
     # -- the technique ------------------------------------------------------------------------------------------------
 
@@ -110,28 +97,16 @@ class PatchDropping(Technique):
         from timm.layers import PatchDropout
         from timm.layers.patch_dropout import PatchDropoutWithIndices
 
-        self._detach()
         if hasattr(module, "patch_drop"):
-            self._before = module.patch_drop
-            kind = PatchDropoutWithIndices if self._before is None else PatchDropout  # rotary positions need to know
-            module.patch_drop = self._dropout = kind(0.0, module.num_prefix_tokens).train(module.training)
+            rotary = module.patch_drop is None  # and its positions need to know which patches stay
+            kind = PatchDropoutWithIndices if rotary else PatchDropout
+            self._dropout = kind(0.0, module.num_prefix_tokens).train(module.training)
+            self.undo_later(replace(module, "patch_drop", self._dropout))
         else:
-            self._before = module.__dict__.get("forward")
             self._dropout = PatchDropout(0.0, _prefix_tokens(module) if self.prefix is None else self.prefix)
-            module.forward = partial(_dropping_forward, module.forward, module, self._dropout)
-        self._module = module
-
-    def _detach(self) -> None:
-        module, self._module = self._module, None
-        if module is None:
-            return
-        if hasattr(module, "patch_drop"):
-            del module.patch_drop  # so that None is a plain attribute again, and no name of a part
-            module.patch_drop = self._before
-        else:
-            del module.forward
-            if self._before is not None:
-                module.forward = self._before
+            self.undo_later(
+                replace(module, "forward", partial(_dropping_forward, module.forward, module, self._dropout))
+            )
 
     def _drop(self, fraction: float) -> None:
         self._dropout.prob = self._now = fraction

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lit_scale.factors.sizes import SizeByStages
+from lit_scale.wrapping import replace
 
 __all__ = ["ResolutionGrowing", "patch_size"]
 
@@ -44,7 +45,7 @@ class ResolutionGrowing(SizeByStages):
     With :class:`~lit_scale.datamodules.ImageDataModule` images are resized before they are collated, so that moving and
     decoding shrink as well. Batches of any other data module are resized on the device, antialiased: every
     floating-point tensor of four axes (B, C, H, W). Validation is always at full size. The model must take any size:
-    timm's with ``dynamic_img_size=True``; Hugging Face's are told to interpolate their position embeddings.
+    timm's with ``dynamic_img_size=True``; Hugging Face's are run with interpolated position embeddings.
 
     Args:
         stages: (start, size) pairs; starts are fractions of the run, ascending from 0 and below 1; sizes ascend to full
@@ -75,7 +76,6 @@ class ResolutionGrowing(SizeByStages):
             raise ValueError(f"patch={patch} must be at least 1 pixel")
         self.grow_batch, self.patch = grow_batch, patch
         self._multiple = 1
-        self._interpolating: list[nn.Module] = []
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
@@ -116,7 +116,7 @@ class ResolutionGrowing(SizeByStages):
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn the patch, and whether the model takes other sizes."""
+        """Find the patch size, and check that the model takes other sizes."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -130,11 +130,10 @@ class ResolutionGrowing(SizeByStages):
                     f"{name} takes images of one size only; build the timm model with dynamic_img_size=True"
                 )
             if _INTERPOLATES in inspect.signature(part.forward).parameters and "forward" not in part.__dict__:
-                part.forward = functools.partial(_interpolated, part.forward)
-                self._interpolating.append(part)
+                self.undo_later(replace(part, "forward", functools.partial(_interpolated, part.forward)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that a batch can be had, and that the model takes it, before a step is made."""
+        """Check before the first step that the loader can grow batches and the model takes the smallest size."""
         super().on_train_start(trainer, pl_module)
         if self.grow_batch and self._loader is None:
             raise ValueError("grow_batch=True needs a loader that can be asked for more samples: ImageDataModule's")
@@ -165,12 +164,6 @@ class ResolutionGrowing(SizeByStages):
         finally:
             for part, mode in modes:
                 part.training = mode
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the model its own forwards back."""
-        for part in self._interpolating:
-            part.__dict__.pop("forward", None)
-        self._interpolating = []
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -76,24 +76,20 @@ class SelectiveBackprop(SampleChoice):
         if interrupt < 0 or interrupt == 1:
             raise ValueError(f"interrupt={interrupt}: use 0 to choose from all batches, or at least 2")
         self.start, self.end, self.keep, self.interrupt, self.seed = start, end, keep, interrupt, seed
-        self._due = False  # at this optimizer step
-        self._decided_at = -1
-        self._chooses = False  # of the batch at work
+        self._due = False  # in this optimizer step
+        self._chooses = False  # from the current batch
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
         return {name: getattr(self, name) for name in ("start", "end", "keep", "interrupt", "seed")}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide anew."""
-        super().on_train_start(trainer, pl_module)
-        self._decided_at = -1
+    def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whether the run is in the phase in which samples are chosen."""
+        self._due = self.start <= progress(trainer) < self.end
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide whether to choose; the phase of the run once per optimizer step."""
-        if trainer.global_step != self._decided_at:
-            self._decided_at = trainer.global_step
-            self._due = self.start <= progress(trainer) < self.end
+        """Choose from this batch, unless it is one of those that are trained whole."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         interrupted = self.interrupt > 0 and (self.number(trainer) + 1) % self.interrupt == 0
         self._chooses = self._due and not interrupted
 

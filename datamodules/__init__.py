@@ -1,4 +1,4 @@
-"""Data for the recipes: seeded, resumable to the very next batch, and checked before the first step."""
+"""Data for the recipes: seeded, checked before the first step, and resumed exactly at the next batch."""
 
 from lit_scale.datamodules.images import ImageDataModule
 from lit_scale.datamodules.loader import ResumableLoader, data_ranks

@@ -1,4 +1,4 @@
-"""A cache of files that are found by what they were made from, written whole or not at all, and checked when read."""
+"""A file cache: entries are keyed by a hash of their inputs, written atomically, and verified when they are read."""
 
 import hashlib
 import io
@@ -17,24 +17,24 @@ __all__ = ["Cache", "cache_folder", "digest", "npy"]
 
 
 def digest(data: bytes) -> str:
-    """Name of some content: 128 bits of BLAKE2b in hexadecimal digits."""
+    """128-bit BLAKE2b hash of the content, in hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def npy(array: npt.NDArray[Any]) -> bytes:
-    """The content of a .npy file."""
+    """The array as the content of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
 def cache_folder(given: str | Path | None) -> Path:
-    """The folder of all caches: the given one, or $LIT_SCALE_CACHE, or ~/.cache/lit_scale."""
+    """The folder of all caches: ``given``, else $LIT_SCALE_CACHE, else ~/.cache/lit_scale."""
     return Path(given or os.environ.get("LIT_SCALE_CACHE") or "~/.cache/lit_scale").expanduser()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """Put a file in place whole or not at all, also when the machine goes down half way."""
+    """Write a file completely or not at all, even if the machine crashes while it is written."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -48,16 +48,16 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 class Cache:
-    """Files named by what is in them, and per key a small index that is written last.
+    """Files named by the hash of their content, and per key a small index, which is written last.
 
-    Two processes that build the same key at the same time cannot mix: each index names complete files only, and a
-    file whose content does not hash to its name counts as missing.
+    Processes may build the same key at the same time: an index names only complete files, and a file whose content does
+    not match its name counts as missing.
 
     Args:
         root: The folder of all caches.
-        kind: Name of the folder in it.
-        key: Hash of all that the files are made from.
-        names: Of the files.
+        kind: Name of the subfolder.
+        key: Hash of everything that determines the content of the files.
+        names: Names of the files within the key.
     """
 
     def __init__(self, root: Path, kind: str, key: str, names: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class Cache:
         self.names = names
 
     def load(self) -> dict[str, Path] | None:
-        """The files of this key by name, or None unless all are there and whole."""
+        """Paths of this key's files by name; None if one is missing or damaged."""
         try:
             index = json.loads(self.index.read_bytes())
             files = {name: self.folder / index[name] for name in self.names}
@@ -75,15 +75,15 @@ class Cache:
                     found = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
                 if found != path.stem:
                     return None
-        except (OSError, ValueError, LookupError, TypeError):  # absent, or an index that is none
+        except (OSError, ValueError, LookupError, TypeError):  # absent, or not a valid index
             return None
         return files
 
     def save(self, **contents: bytes) -> dict[str, Path]:
-        """Write the files of this key.
+        """Write this key's files, given as content by name, and return their paths by name.
 
         Raises:
-            ValueError: The folder cannot be written, or the disk is full.
+            ValueError: If the folder cannot be written, or the disk is full.
         """
         endings = {"tokenizer": ".json"}
         files = {name: self.folder / (digest(data) + endings.get(name, ".npy")) for name, data in contents.items()}

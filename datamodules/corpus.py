@@ -1,7 +1,7 @@
-"""A corpus: files in, distinct documents out, split, tokenized, and cached by their content.
+"""A corpus: read files, remove duplicate documents, split, and tokenize.
 
-Documents are told apart by content: equal ones count once, each falls on one side of the split by its hash, and the
-cache is found by hash as well, whatever the files are called.
+Everything depends on the content of the documents, not on file names: equal documents count once, the hash of a
+document decides its split, and the hash of all documents is part of the cache key.
 """
 
 import glob
@@ -32,7 +32,7 @@ _TESTS = {"test", "tests", "idle_test"}
 
 
 def _is_text(data: bytes) -> bool:
-    """Whether some content is UTF-8 without a NUL byte."""
+    """Whether the content is UTF-8 without a NUL byte."""
     if b"\0" in data:
         return False
     try:
@@ -43,7 +43,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _text_of(path: Path) -> bytes | None:
-    """The content of a file, or None where it is not text."""
+    """The content of a file, or None if it is not text."""
     data = path.read_bytes()
     return data if _is_text(data) else None
 
@@ -58,7 +58,7 @@ def _texts_in(shards: Shards) -> Iterator[bytes]:
 
 
 def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) -> list[Path]:
-    """All files in a folder and the folders in it, but for hidden ones and folders named in ``without``."""
+    """All files below a folder, except hidden files and folders and folders named in ``without``."""
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
@@ -67,18 +67,18 @@ def _files_below(folder: Path, ending: str = "", without: Iterable[str] = ()) ->
 
 
 def read_documents(corpus: str | Sequence[str] | None, cache_dir: Path | None = None) -> dict[str, bytes]:
-    """Read the distinct documents of a corpus, one per file, or per sample of a tar file.
+    """Read the distinct documents of a corpus: one per file, or one per sample of a tar file.
 
     Args:
         corpus: Files, folders, globs or shards as in `TextDataModule`; None reads the sources of the standard library.
         cache_dir: Folder for the index of shards, as in `Shards`.
 
     Returns:
-        Content by its hash, in the order of the hashes, without empty files.
+        Content by its hash, in ascending order of the hashes, without empty documents.
 
     Raises:
-        ValueError: A path or glob matches nothing, a file that was named is not text, there is no text at all, or a
-            shard is damaged or lacks a text.
+        ValueError: If a path or glob matches nothing, a file that is named explicitly is not text, there is no text at
+            all, or a shard is damaged or has a sample without text.
     """
     contents: list[bytes] = []
     named: list[Path] = []
@@ -91,7 +91,7 @@ def read_documents(corpus: str | Sequence[str] | None, cache_dir: Path | None = 
             contents += _texts_in(Shards(entry, need=[("txt",)], cache_dir=cache_dir))
             continue
         entry = os.path.expanduser(entry)
-        path = Path(entry)  # of "" it would be the current folder
+        path = Path(entry)  # for "" this is the current folder
         matches = [path] if entry and path.exists() else [Path(match) for match in glob.glob(entry, recursive=True)]
         if not matches:
             raise ValueError(f"corpus={entry!r} matches no file: give text files, folders of them, or globs")
@@ -121,20 +121,21 @@ def read_documents(corpus: str | Sequence[str] | None, cache_dir: Path | None = 
 def split_documents(
     documents: dict[str, bytes], val_fraction: float, seed: int, test_fraction: float = 0.0
 ) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, bytes]]:
-    """Divide documents into train, validation and test, each by its own hash and the seed.
+    """Divide documents into train, validation and test; the hash of a document and the seed decide its split.
 
-    So a document stays on its side when others come or go, and the validation documents are the same with and without
-    a test split. Train and validation are never empty, nor is test where it is asked for: the document nearest to the
-    threshold changes over. A corpus of one document is cut at line ends into about a hundred pieces first.
+    A document therefore stays in its split when others are added or removed, and the validation documents are the same
+    with and without a test split. If a requested split would be empty, the documents nearest to its threshold move
+    there; with fewer documents than splits, validation or test stays empty. A corpus of a single document is first cut
+    at line ends into at most about a hundred pieces.
 
     Args:
         documents: Content by hash.
         val_fraction: Expected share of the documents for validation, in (0, 1).
-        seed: Another seed, another split.
-        test_fraction: Expected share of the documents for test, in [0, 1); below 1 together with ``val_fraction``.
+        seed: Seed of the split.
+        test_fraction: Expected share of the documents for test, in [0, 1 - ``val_fraction``); 0 makes no test split.
 
     Returns:
-        Documents for training, validation and test, in the order given.
+        Documents for training, validation and test, each in the order given.
     """
     if len(documents) == 1:
         (text,) = documents.values()
@@ -166,7 +167,7 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
 
     Args:
         texts: Documents in UTF-8.
-        vocab_size: Largest number of tokens, at least 256.
+        vocab_size: Maximum number of tokens, at least 256.
 
     Returns:
         The tokenizer as the JSON of the ``tokenizers`` library.
@@ -184,7 +185,7 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> str:
 
 
 def join(documents: Iterable[npt.NDArray[Any]], separator: int, dtype: type) -> npt.NDArray[Any]:
-    """All tokens in one array, each document followed by a separator."""
+    """Concatenate documents into one array, each followed by the separator."""
     end: npt.NDArray[Any] = np.array([separator], dtype)
     return np.concatenate([part for ids in documents for part in (ids.astype(dtype), end)] or [end[:0]])
 
@@ -198,7 +199,7 @@ def encode_all(tokenizer: "Tokenizer", texts: Iterable[bytes]) -> Iterable[npt.N
 
 
 def load_tokenizer(data: bytes) -> "Tokenizer":
-    """A tokenizer from the JSON that `train_bpe` made."""
+    """Load a tokenizer from the JSON that `train_bpe` returned."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(data.decode())

@@ -1,4 +1,4 @@
-"""Where images come from: memory, shards or a folder; each gives uint8 pixels by position, and names what it cannot."""
+"""Sources of images: memory, shards or a folder. Each returns images by position, as uint8 pixels, and their names."""
 
 import io
 import os
@@ -18,15 +18,15 @@ from lit_scale.datamodules.shards import IMAGES, Shards, is_pattern
 
 __all__ = ["Source", "UndecodableImageError", "find_source", "named_classes"]
 
-_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # of the sources that have a name
+_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # number of classes of the built-in sources
 
 
 class UndecodableImageError(ValueError):
-    """An image that cannot be decoded, with its name and the cause."""
+    """An image cannot be decoded; the message has its name and the cause."""
 
 
 class Source(Protocol):
-    """Images by position: uint8 (3, H, W)."""
+    """Images by position, uint8 (3, H, W), with labels."""
 
     class_names: list[str] | None
 
@@ -84,7 +84,7 @@ class _Shards:
 @dataclass
 class _Folder:
     root: Path
-    paths: list[str]  # below the root
+    paths: list[str]  # relative to root
     labels: npt.NDArray[np.int64]
     class_names: list[str] | None
 
@@ -105,7 +105,7 @@ def _decode(data: bytes, name: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow raises whatever goes wrong inside its decoders
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise UndecodableImageError(
             f"{name} cannot be decoded ({error}): repair or remove it, or pass skip_broken=True"
         ) from error
@@ -116,7 +116,7 @@ def _digits() -> Source:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    grey = (found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8) with 16 shades
+    grey = (found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), from values 0 to 16
     return _Arrays("digits", grey[..., None].repeat(3, axis=3), found.target.astype(np.int64), list("0123456789"))
 
 
@@ -155,21 +155,22 @@ def _folder(source: str, argument: str) -> Source:
 
 
 def named_classes(source: str | list[str]) -> int | None:
-    """How many classes a source has that is known by its name; None for others."""
+    """Number of classes of a built-in source; None for other sources."""
     return _CLASSES.get(source.removesuffix("-test")) if isinstance(source, str) else None
 
 
 def find_source(source: str | list[str], argument: str, cache_dir: Path, *, download: bool = False) -> Source:
-    """The images that an argument of the data module stands for.
+    """Open the source that an argument of the data module names.
 
     Args:
-        source: ``"digits"``, ``"cifar10"``, ``"cifar100"``, with ``-test`` for their test sets, a folder, or shards.
+        source: ``"digits"``, ``"cifar10"``, ``"cifar100"``, the last two with ``-test`` for their test sets, a folder,
+            or shards.
         argument: The argument's name, for messages.
-        cache_dir: For indices and downloads.
+        cache_dir: Folder for indices and downloads.
         download: Whether torchvision may download.
 
     Raises:
-        ValueError: There is nothing of that name, or it cannot be downloaded.
+        ValueError: If the source does not exist or cannot be downloaded, or a shard cannot be used (see `Shards`).
     """
     if not isinstance(source, str) or is_pattern(source):
         return _Shards(Shards(source, need=[IMAGES, ("cls",)], cache_dir=cache_dir))

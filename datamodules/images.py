@@ -1,4 +1,4 @@
-"""Images for classifiers: scanned digits, shards, a folder or CIFAR in, batches of one size out, augmented or not."""
+"""Images for classifiers, from scanned digits, shards, a folder or CIFAR: batches of one size, optionally augmented."""
 
 import warnings
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from lit_scale.seeds import derive_seed
 
 __all__ = ["ImageDataModule"]
 
-_SMALL = 64  # up to this side, images are augmented as CIFAR's are, beyond as ImageNet's
-_BROKEN = 0.01  # share of undecodable images that is no longer a few bad files, but a bad data set
+_SMALL = 64  # images up to this side are augmented like CIFAR, larger ones like ImageNet
+_BROKEN = 0.01  # a larger share of undecodable images means that the data set is damaged
 
 Batch = tuple[Tensor, Tensor]
 Key = int | tuple[int, int] | tuple[int, int, int | None]
@@ -31,14 +31,14 @@ Key = int | tuple[int, int] | tuple[int, int, int | None]
 
 
 def _fit(image: Tensor, size: int) -> Tensor:
-    """The middle square of an image, after its shorter side was resized: (3, S, S)."""
+    """Resize the shorter side to ``size``, and crop the central square: (3, S, S)."""
     if image.shape[-2:] == (size, size):
         return image
     return v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
 
 
 def _standard(size: int, flip: bool) -> v2.Transform:
-    """Pad and crop small images (He et al. 2016, section 4.2), crop large ones at any scale (Szegedy et al. 2015)."""
+    """Pad and crop small images (He et al. 2016, section 4.2), large ones at random scale (Szegedy et al. 2015)."""
     crop = v2.RandomCrop(size, padding=max(1, size // 8)) if size <= _SMALL else v2.RandomResizedCrop(size)
     return v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
 
@@ -47,17 +47,18 @@ class _Images(Dataset[Batch]):
     """Images of a source, a whole batch at a time.
 
     Args:
-        source: Where they come from.
-        rows: Which of them, (N,).
-        classes: Of all images of the source, in place of the source's own.
-        size: Side of the images.
-        augment: Transform of one uint8 image to (3, size, size), drawing from torch's generator; None takes the middle.
-        train: Keys carry the epoch, and the size of the batch.
-        seed: Of the augmentation.
-        mean: Of each channel, with pixels in [0, 1].
-        std: Likewise.
-        skip_broken: Let the next image stand in for one that cannot be decoded.
-        cache_bytes: Memory for decoded images, of all processes together.
+        source: Source of the images.
+        rows: Positions in the source to use, (N,).
+        classes: Classes of all images of the source; None takes the source's labels.
+        size: Side of the images, in pixels.
+        augment: Transform of one uint8 image to (3, size, size), drawing from torch's generator; None takes the central
+            square.
+        train: Whether keys are (epoch, position, size of the batch's images).
+        seed: Seed of the augmentation.
+        mean: Mean of each channel, with pixels in [0, 1].
+        std: Standard deviation of each channel, likewise.
+        skip_broken: Whether the next image replaces one that cannot be decoded.
+        cache_bytes: Memory for decoded images, over all processes together.
     """
 
     def __init__(
@@ -80,15 +81,15 @@ class _Images(Dataset[Batch]):
         self.epochwise = self.sized = train
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.skip_broken = skip_broken
-        self.processes = 1  # that share the images in an epoch, told by whoever makes the loader
+        self.processes = 1  # that share the images of an epoch; set when the loader is made
         self.cache_bytes = cache_bytes
         self._kept: dict[int, Tensor] = {}  # uint8
         self._kept_bytes = 0
-        self._broken: set[int] = set()  # positions met in this process and epoch
+        self._broken: set[int] = set()  # positions found in this process and epoch
         self._epoch = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # a worker that is not forked decodes for itself
+        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # do not pickle decoded images to a spawned worker
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,7 +100,7 @@ class _Images(Dataset[Batch]):
         return self.size
 
     def _image(self, position: int) -> Tensor:
-        """Decoded and, unless a random crop needs all of it, of the right size."""
+        """A decoded image, resized to ``size`` unless a random crop needs all of it."""
         image = self._kept.get(position)
         if image is None:
             image = self.source.image(int(self.rows[position]))
@@ -110,7 +111,7 @@ class _Images(Dataset[Batch]):
         return image
 
     def _readable(self, epoch: int, position: int) -> tuple[Tensor, int]:
-        """Image and label; those of the next readable image where this one is broken and may be passed over."""
+        """Image and label; those of the next readable image if this one is broken and ``skip_broken`` is set."""
         for candidate in range(position, position + len(self)):
             try:
                 image = self._image(candidate % len(self))
@@ -123,7 +124,7 @@ class _Images(Dataset[Batch]):
         raise ValueError(f"none of {len(self)} images can be decoded, among them {self.source.name(int(self.rows[0]))}")
 
     def _count_broken(self, epoch: int, position: int, error: Exception) -> None:
-        """Warn of the first, second, fourth... and give up beyond one percent of what this process reads an epoch."""
+        """Warn at counts 1, 2, 4...; raise above 1% of the images that this process reads in an epoch."""
         if epoch != self._epoch:
             self._epoch, self._broken = epoch, set()
         if position in self._broken:
@@ -167,47 +168,49 @@ class _Images(Dataset[Batch]):
 class ImageDataModule(ResumableDataModule):
     """Images and their classes, from scanned digits, WebDataset shards, a folder, or CIFAR.
 
-    Batches are tuples of images, float32 (B, 3, S, S), and classes, int64 (B,). Order and augmentation of training are
-    functions of (seed, epoch, position), whatever the number of workers; validation takes the middle of each image and
-    never changes. Resuming continues with the very next batch, and is refused on other data.
+    Batches are tuples of images, float32 (B, 3, S, S), and classes, int64 (B,). Order and augmentation of the training
+    images are functions of (seed, epoch, position), for any number of workers. Validation and test take the central
+    square of each image and never change. Training resumes exactly at the next batch; resuming on other data is
+    refused.
 
     Args:
         source: ``"digits"``, 1,797 scans of 8 x 8 pixels that come with scikit-learn; a folder with one folder of
             images per class; shards such as ``"train-{000..009}.tar"``, with a ``jpg`` or ``png`` and a ``cls`` per
             sample; or ``"cifar10"``, ``"cifar100"``, which torchvision downloads. ``"cifar10-test"`` is its test set.
-        val_source: Of the validation images, any of the above; None holds out some of the training images.
-        image_size: Side S in pixels; others are resized and cropped.
+        val_source: Validation images, any of the above; None holds out a share of the images of ``source``.
+        image_size: Side S in pixels; images of other sizes are resized and cropped.
         batch_size: Images per batch and device.
-        num_classes: None takes it from the training images.
-        augmentation: ``"standard"`` pads, crops and flips up to 64 pixels, and beyond takes crops of random scale and
-            flips them; digits are not flipped. ``"none"`` leaves images as they are.
+        num_classes: Number of classes; None takes it from ``source``.
+        augmentation: ``"standard"`` pads, crops and flips images of up to 64 pixels; larger ones are cropped at random
+            scale and flipped. Digits are not flipped. ``"none"`` only resizes and crops.
         mean: Subtracted from each channel, with pixels in [0, 1].
-        std: What each channel is then divided by; these two bring pixels to [-1, 1], as timm does for its ViTs.
-        imbalance: How many times each image of the first class is met, in training and validation alike. Of a balanced
-            source that makes an imbalance ratio of so many (Buda et al. 2018): most samples are of one class, and soon
-            easy, and the others are rare.
-        label_noise: Share of the training images, in [0, 1), that are given another class, any of the others. Which,
-            ``split_seed`` decides. Validation keeps the true ones.
-        part: Where the part of the training images that is used begins and ends, as shares of them in an order of
-            ``split_seed``: (0.0, 0.8) leaves a fifth to another model, (0.8, 1.0) is that fifth.
-        test_source: Of the test images, on which nothing is chosen, any of the above.
-        val_fraction: Share of the images that is held out where there is no ``val_source``, in (0, 1).
-        test_fraction: Share of the images that is held out for a test where there is no ``test_source``, in [0, 1); 0
-            makes no test set.
-        max_val_images: Validate, and test, on a fixed random choice of so many; None takes all.
-        skip_broken: Let the next image stand in for one that cannot be decoded, and warn. More than 1% of them (of
-            what one process reads in an epoch, but at least one) are an error all the same.
-        seed: Of the training data's order and augmentation.
-        split_seed: Of the held-out images; apart from ``seed``, so that runs of several seeds are validated on the
-            same images.
-        num_workers: Processes that make the batches.
-        cache_bytes: Memory for decoded training images, of all processes together; as much again for validation.
+        std: Divisor of each channel after that. The defaults map pixels to [-1, 1], as timm does for its ViTs.
+        imbalance: How often each image of class 0 is repeated, in the training, validation and test images. On a
+            balanced source this is the imbalance ratio of Buda et al. (2018): most samples are of one class and soon
+            become easy, and the others are rare.
+        label_noise: Share of the images of ``source``, in [0, 1), whose class is replaced by a random other one in
+            training; ``split_seed`` chooses them. Validation and test keep the true classes.
+        part: Begin and end of the part of the training images that is used, as shares, in an order drawn with
+            ``split_seed``. (0.0, 0.8) leaves a fifth for another model; (0.8, 1.0) is that fifth.
+        test_source: Test images, any of the above. They are for reporting only, not for choosing anything.
+        val_fraction: Share of the images that is held out for validation if there is no ``val_source``, in (0, 1).
+        test_fraction: Share of the images that is held out for test if there is no ``test_source``, in
+            [0, 1 - ``val_fraction``); 0 makes no test set.
+        max_val_images: Number of images, chosen at random once, to validate and to test on; None takes all.
+        skip_broken: Whether the next image replaces one that cannot be decoded, with a warning. It is still an error if
+            more than one image, and more than 1% of those that a process reads in an epoch, cannot be decoded.
+        seed: Seed of the order and augmentation of the training images.
+        split_seed: Seed of the split, ``part`` and ``label_noise``. It is separate from ``seed`` so that runs with
+            different seeds are validated on the same images.
+        num_workers: Worker processes that make the batches; 0 makes them in the main process.
+        cache_bytes: Memory for decoded training images, over all processes together; the validation and the test
+            images get as much each.
         cache_dir: Folder for indices and downloads; None is $LIT_SCALE_CACHE, or ~/.cache/lit_scale.
 
     Raises:
-        ValueError: An argument is out of its range; or, as soon as the source is looked at: it does not exist, cannot
-            be downloaded, is damaged, too small, has other classes than the validation images, or a class outside of
-            ``num_classes``.
+        ValueError: If an argument is out of range; or, when the source is first read, if it does not exist, cannot be
+            downloaded, is damaged or too small, has other classes than the validation or test images, or has a class
+            outside of ``num_classes``.
 
     Example:
         >>> data = ImageDataModule("digits", image_size=16, batch_size=8)
@@ -282,11 +285,11 @@ class ImageDataModule(ResumableDataModule):
         self.validation_set: _Images
         self.test_set: _Images | None = None
         self._given_classes = num_classes
-        self._sources: dict[str, Source] = {}  # those that were opened, by argument
+        self._sources: dict[str, Source] = {}  # opened sources, by argument
         self._ready = False
 
     def _open(self, argument: str, *, download: bool = False) -> Source:
-        """The source of this argument, read on first use."""
+        """The source of this argument, opened on first use."""
         if argument not in self._sources:
             given = getattr(self, argument)
             self._sources[argument] = find_source(given, argument, self.cache_dir, download=download)
@@ -294,7 +297,7 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def num_classes(self) -> int:
-        """As given, else those of the training images, which are looked at for it."""
+        """Number of classes: the argument, else that of ``source``, which is opened to find it."""
         if self._given_classes is not None:
             return self._given_classes
         if (known := named_classes(self.source)) is not None:
@@ -304,7 +307,7 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def chance_accuracy(self) -> float:
-        """Accuracy on the validation images of always answering with the most frequent class among them."""
+        """Validation accuracy of always predicting the most frequent class of the validation images."""
         return float(np.bincount(self.validation_set.labels).max() / len(self.validation_set))
 
     # ---- from files to data sets
@@ -354,7 +357,7 @@ class ImageDataModule(ResumableDataModule):
         self.go_on()
 
     def _all_of(self, argument: str, train: Source) -> tuple[Source, npt.NDArray[np.int64]]:
-        """All images of a source of its own, which has to have the classes of the training images."""
+        """All images of a separate source, whose classes must be those of the training images."""
         source = self._open(argument)
         if None not in (train.class_names, source.class_names) and train.class_names != source.class_names:
             raise ValueError(
@@ -380,7 +383,7 @@ class ImageDataModule(ResumableDataModule):
         return loader
 
     def settings(self) -> dict[str, Any] | None:
-        """All that training batches depend on; None before setup."""
+        """Everything that training batches depend on; None before setup."""
         if not self._ready:
             return None
         names = ("image_size", "batch_size", "augmentation", "imbalance", "label_noise", "seed")
@@ -396,15 +399,15 @@ class ImageDataModule(ResumableDataModule):
 
 
 def _often(labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
-    """The rows, those of the first class so many times."""
+    """The rows, with those of class 0 repeated ``times`` times."""
     return np.repeat(rows, np.where(labels[rows] == 0, times, 1))
 
 
 def _mislabelled(labels: npt.NDArray[np.int64], classes: int, share: float, seed: int) -> npt.NDArray[np.int64]:
-    """The classes of all images, a share of them wrong."""
+    """The classes of all images, with a share of them replaced by wrong ones."""
     chosen = _permutation(len(labels), seed, "mislabelled")[: round(share * len(labels))]
     generator = torch.Generator().manual_seed(derive_seed(seed, "wrong class"))
-    others = torch.randint(1, max(2, classes), (len(chosen),), generator=generator).numpy()  # how far from the true one
+    others = torch.randint(1, max(2, classes), (len(chosen),), generator=generator).numpy()  # offsets from true classes
     noisy = labels.copy()
     noisy[chosen] = (noisy[chosen] + others) % classes
     return noisy

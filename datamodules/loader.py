@@ -1,7 +1,8 @@
-"""A loader that a checkpoint can resume at the very next batch.
+"""A data loader that resumes from a checkpoint exactly at the next batch.
 
-The order of an epoch is a function of (seed, epoch) alone, so the whole state of the loader is its position, the same
-on every rank: the epoch, and how many batches were handed out since it began. Nothing is saved of any random generator.
+The order of an epoch is a function of (seed, epoch) alone. The state of the loader is therefore only its position: the
+epoch, and the number of batches returned since the epoch began. It is the same on every rank, and no state of a random
+generator is saved.
 """
 
 import itertools
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def data_ranks(trainer: "Trainer | None") -> dict[str, int | None]:
-    """The ``rank`` and ``world_size`` that a loader of this Trainer should have.
+    """The ``rank`` and ``world_size`` for a loader of this Trainer.
 
-    Under tensor parallelism the ranks of a group work on the same samples, which only the strategy knows.
+    Under tensor parallelism the ranks of a group process the same samples, and only the strategy knows the groups.
 
     Args:
         trainer: A Trainer that has set up its strategy, or None.
 
     Returns:
-        Keyword arguments for `ResumableLoader`; both None where `torch.distributed` is to be asked.
+        Keyword arguments for `ResumableLoader`; both are None if the loader should use `torch.distributed`.
     """
     known = trainer.distributed_sampler_kwargs if trainer is not None else None
     known = known or {}
@@ -40,17 +41,17 @@ def data_ranks(trainer: "Trainer | None") -> dict[str, int | None]:
 class EpochSampler(DistributedSampler[Any]):
     """The keys of one rank in one epoch: every ``world_size``-th of a permutation that all ranks share.
 
-    Lightning leaves a `DistributedSampler` as it is, which is why this is one. Rank and world size are looked up when
-    they are needed, so a loader can be built before the process group.
+    It derives from `DistributedSampler` because Lightning does not replace samplers of that class. Rank and world size
+    are looked up when they are needed, so a loader can be built before the process group.
 
     Args:
-        dataset: A dataset with a length. If it has a true attribute ``epochwise``, keys are ``(epoch, index)``.
-        shuffle: A new permutation each epoch, otherwise the order of the dataset.
-        seed: Of the permutations.
-        drop_last: Leave out the up to ``world_size - 1`` samples that do not divide evenly, otherwise repeat as many
-            from the front, so that all ranks take equally many.
-        rank: Of this process; None asks the process group.
-        world_size: How many processes share the data; None asks the process group.
+        dataset: A dataset with a length. If its attribute ``epochwise`` is true, keys are ``(epoch, index)``.
+        shuffle: Whether each epoch has a new permutation; otherwise the order of the dataset.
+        seed: Seed of the permutations.
+        drop_last: Whether to leave out the up to ``world_size - 1`` samples that do not divide evenly; otherwise
+            samples from the front are repeated. All ranks get equally many samples.
+        rank: Rank of this process; None asks the process group.
+        world_size: Number of processes that share the data; None asks the process group.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class EpochSampler(DistributedSampler[Any]):
         rank, world_size = self._placement()
         super().__init__(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.epochwise = bool(getattr(dataset, "epochwise", False))
-        self.start = 0  # samples of this rank to pass over, once
-        self.requested: int | None = None  # what set_epoch asked for and no iteration has taken up yet
+        self.start = 0  # samples of this rank to skip in the next iteration
+        self.requested: int | None = None  # epoch given to set_epoch and not yet used by an iteration
 
     def _placement(self) -> tuple[int, int]:
         if self._given is not None:
@@ -99,19 +100,19 @@ class EpochSampler(DistributedSampler[Any]):
             order = torch.arange(size)
         if self.total_size > size:
             order = order.repeat(-(-self.total_size // size))
-        # Rank r takes r, r + W, ...: W ranks together take a batch of the shared order, so that a run resumed on
-        # another number of ranks with the same global batch goes on with the same samples.
+        # Rank r takes r, r + W, ...: the W ranks together take consecutive samples of the shared order, so that a run
+        # resumed on another number of ranks with the same global batch continues with the same samples.
         return order[self.rank : self.total_size : self.num_replicas]
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self.epoch
-        for part in self.order(epoch)[self.start :].split(4096):  # lists of integers are large: as they are needed
+        for part in self.order(epoch)[self.start :].split(4096):  # a list of all integers would take much memory
             for index in part.tolist():
                 yield (epoch, index) if self.epochwise else index
 
 
 class _PlannedBatches:
-    """Keys of batches whose sizes a plan tells; one iteration is what ``numbers`` says."""
+    """Keys of batches whose sizes a plan gives; one iteration yields the batches of ``numbers``."""
 
     def __init__(self, loader: "ResumableLoader") -> None:
         self.loader = loader
@@ -124,7 +125,7 @@ class _PlannedBatches:
         numbers, loader = self.numbers, self.loader
         usual = loader.batch_size or 1
         plan = loader.plan or (lambda number: (None, usual))
-        per_epoch = len(self) * usual  # the rest is dropped, as it is without a plan
+        per_epoch = len(self) * usual  # the rest is dropped, as without a plan
         done = sum(plan(number)[1] for number in range(numbers.start))
         epoch, order = -1, torch.empty(0)
         for number in numbers:
@@ -140,45 +141,46 @@ class _PlannedBatches:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over a map dataset that resumes exactly, with or without workers, on one rank or many.
+    """A `DataLoader` over a map-style dataset that resumes exactly, with or without workers, on one rank or many.
 
-    ``load_state_dict`` makes the next iteration go on with the very next batch; when the saved epoch was complete,
-    with the first of the following one. Lightning saves and restores the state by itself.
+    After ``load_state_dict`` the next iteration continues with the next batch, or with the first batch of the following
+    epoch if the saved epoch was complete. Lightning saves and restores the state by itself.
 
-    Each iteration is one epoch, and the next one follows it. A shuffled loader is a stream of epochs: where a Trainer
-    begins a new epoch before this one is through (max_steps, limit_train_batches), it goes on with the very next
-    batch. One that is not shuffled begins from the front, as validation should. (Lightning returns no state to a
-    loader when it resumes from a checkpoint of ``on_train_epoch_end`` without max_steps: the epoch that it tells is
-    then begun from the front. `TextDataModule` keeps the position itself.)
+    Each iteration is one epoch, and the next iteration is the next epoch. A shuffled loader is a stream of epochs: if a
+    Trainer begins a new epoch before the current one is complete (max_steps, limit_train_batches), the loader continues
+    with the next batch. A loader that is not shuffled starts from the front, as validation should. (When Lightning
+    resumes from a checkpoint of ``on_train_epoch_end`` without max_steps, it does not restore the loader's state, and
+    the epoch that it sets starts from the front. `ResumableDataModule` therefore keeps the position itself.)
 
-    Work starts with the first ``next``, not with ``iter``: Lightning calls ``iter`` before it tells the epoch, and
-    workers that start then would repeat the order of epoch 0 (Lightning #21938). Neither draws from the global
-    generators.
+    Iteration starts with the first ``next``, not with ``iter``: Lightning calls ``iter`` before it sets the epoch, and
+    workers started by ``iter`` would repeat the order of epoch 0 (Lightning #21938). Neither call draws from the global
+    random generators.
 
-    A dataset that sets ``epochwise = True`` is asked for keys ``(epoch, index)`` and so can make augmentation or
-    masking a function of (seed, epoch, index), in workers too. If it defines ``__getitems__(keys)``, it is asked for
-    a whole batch at once. If it also sets ``sized = True`` and has a ``full_size``, keys are ``(epoch, index, size)``,
-    the size being what ``plan`` says of the batch, or None for full size. As the size travels with the key, workers
-    make the right one however far ahead they are, and so does a resumed run.
+    A dataset that sets ``epochwise = True`` gets keys ``(epoch, index)``, so that augmentation or masking can be a
+    function of (seed, epoch, index), in workers too. If it defines ``__getitems__(keys)``, it gets the keys of a whole
+    batch at once. If it also sets ``sized = True`` and has a ``full_size``, keys are ``(epoch, index, size)``, where
+    size is the one that ``plan`` returns for the batch, or None for full size. Because the size is part of the key,
+    workers that are many batches ahead, and resumed runs, use the right one.
 
     Attributes:
-        plan: Size and number of samples of each batch; None for ``batch_size`` samples of full size. With batches of
-            other numbers an epoch of the loader is as many batches as ever, but another share of the data: the
-            samples are then one endless stream of permutations.
+        plan: Function from the number of a batch to its size and number of samples; None for ``batch_size`` samples of
+            full size. If a plan changes the number of samples, an epoch of the loader still has the same number of
+            batches, but covers another share of the data: the samples then form one endless stream of permutations.
 
     Args:
         dataset: A dataset with a length.
         batch_size: Samples per batch and rank.
-        shuffle: A new permutation each epoch.
-        seed: Of the order, the same on all ranks.
-        drop_last: Full batches only.
-        rank: Of this process; None asks `torch.distributed` when the iteration starts.
-        world_size: How many processes share the data, given along with ``rank``.
-        kwargs: Anything else that `DataLoader` takes. A ``sampler`` or ``batch_sampler`` given here (Lightning does
-            so for ``predict`` and ``overfit_batches``) replaces the order, and keys are then what it yields.
+        shuffle: Whether each epoch has a new permutation.
+        seed: Seed of the order, the same on all ranks.
+        drop_last: Whether to leave out the last batch of an epoch if it is not full.
+        rank: Rank of this process; None asks `torch.distributed` when the iteration starts.
+        world_size: Number of processes that share the data; give it together with ``rank``.
+        kwargs: Other arguments of `DataLoader`. A ``sampler`` or ``batch_sampler`` given here (Lightning does so for
+            ``predict`` and ``overfit_batches``) replaces the order; the keys are then those that it yields.
 
     Raises:
-        ValueError: The dataset is empty, or too small for one batch on each rank.
+        ValueError: If the dataset is empty or too small for one batch on each rank, only one of ``rank`` and
+            ``world_size`` is given, or the dataset is ``sized`` and ``drop_last`` is false.
 
     Example:
         >>> loader = ResumableLoader(range(10), batch_size=4, shuffle=True)
@@ -210,15 +212,15 @@ class ResumableLoader(DataLoader[Any]):
                     dataset, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
                 )
         if kwargs.get("worker_init_fn") is None:
-            kwargs["worker_init_fn"] = shield_worker  # so that a signal to the whole group leaves the main process time
+            kwargs["worker_init_fn"] = shield_worker  # so that workers survive a signal to the process group
         kwargs.setdefault("generator", torch.Generator())  # without one, each `iter` draws from the global generator
         super().__init__(dataset, **kwargs)
         self.seed = seed
-        self._position = 0  # batches handed out since epoch 0 began
-        self._pass = 0, 0  # where the last iteration began, and where it was to end
-        self._told: int | None = None  # the epoch that a Trainer told last
+        self._position = 0  # batches returned since epoch 0 began
+        self._pass = 0, 0  # begin and planned end of the last iteration
+        self._told: int | None = None  # the epoch that a Trainer set last
         self._planned: _PlannedBatches | None = None
-        self._loaded = False  # the position is from a checkpoint, and no iteration has started since
+        self._loaded = False  # whether the position is from a checkpoint and no iteration has started since
         self.plan: Plan | None = None
         if getattr(dataset, "sized", False) and isinstance(self.sampler, EpochSampler):
             if not drop_last:
@@ -240,45 +242,45 @@ class ResumableLoader(DataLoader[Any]):
         while remaining:
             before = self._position
             for batch in itertools.islice(self._batches(*divmod(before, len(self))), remaining):
-                self._position += 1  # before it is handed out: Lightning does not ask beyond the last one
+                self._position += 1  # before the yield, because Lightning does not call next after the last batch
                 remaining -= 1
                 yield batch
-            if self._position == before:  # a foreign sampler that has less than its length
+            if self._position == before:  # a given sampler that yields less than its length
                 return
 
     def _batches(self, epoch: int, done: int) -> Iterator[Any]:
-        """The batches of an epoch but for the first ones."""
+        """The batches of an epoch without the first ``done``."""
         if not isinstance(self.sampler, EpochSampler):
             return itertools.islice(super().__iter__(), done, None)
         self.sampler.epoch, self.sampler.start = epoch, done * (self.batch_size or 1)
         if self._planned is not None:
             first = epoch * len(self)
             self._planned.numbers = range(first + done, first + len(self))
-        # From this generator come the seeds of the workers, for datasets that use global generators after all.
+        # Workers get their seeds from this generator, for datasets that use global generators nevertheless.
         self.generator.manual_seed(derive_seed(self.seed, epoch, "workers", self.sampler.rank))
         return super().__iter__()
 
     @property
     def takes_plan(self) -> bool:
-        """Whether ``plan`` has an effect: the dataset is sized, and nothing has replaced the order."""
+        """Whether ``plan`` has an effect: the dataset is sized, and no other sampler was given."""
         return self._planned is not None
 
     @property
     def _index_sampler(self) -> Any:
-        """What torch's iterators take the keys of each batch from."""
+        """The object from which torch's iterators take the keys of each batch."""
         planned = self.__dict__.get("_planned")
         return super()._index_sampler if planned is None else planned
 
     def _begin(self) -> int:
-        """Settle where an iteration starts, and return how many batches it has."""
+        """Set the position at which an iteration starts, and return its number of batches."""
         length, sampler = len(self), self.sampler
         loaded, self._loaded = self._loaded, False
         told, stream = None, False
         if isinstance(sampler, EpochSampler):
             told, sampler.requested, stream = sampler.requested, None, sampler.shuffle
         if told is not None:
-            # Told a later epoch, a stream goes on where it is: an epoch that was cut short (by max_steps or
-            # limit_train_batches) has the same successor whether the run was interrupted there or not.
+            # If the Trainer set a later epoch, a stream continues at its position: after an epoch that was cut short
+            # (by max_steps or limit_train_batches), an interrupted run gets the same batches as one that was not.
             if loaded:
                 goes_on = stream or told <= self._position // length
             else:
@@ -287,28 +289,28 @@ class ResumableLoader(DataLoader[Any]):
                 self._position = told * length
             self._told = told
         elif not loaded and self._position < self._pass[1]:
-            self._position = self._pass[0]  # the last iteration was left half way: once more
-        # The Trainer counts for itself. Without one, an iteration ends with its epoch.
+            self._position = self._pass[0]  # the last iteration was not finished: repeat it
+        # A Trainer counts the batches itself. Without one, an iteration ends with its epoch.
         remaining = length if self._told is not None else length - self._position % length
         self._pass = self._position, self._position + remaining
         return remaining
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the ``epoch``, how many ``batches`` of it were handed out, and its ``length`` in batches.
+        """The position: the ``epoch``, the number of its ``batches`` that were returned, and its ``length`` in batches.
 
-        All ranks are at the same position, so that of one will do for all.
+        All ranks have the same position, so the state of one rank is valid for all.
         """
         epoch, batches = divmod(self._position, len(self))
         return {"epoch": epoch, "batches": batches, "length": len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after this position.
+        """Continue after this position.
 
         Args:
-            state_dict: What `state_dict` returned; ``length`` may be missing.
+            state_dict: A return value of `state_dict`; ``length`` may be missing.
 
         Raises:
-            ValueError: It is the state of another kind of loader, or of one with more or fewer batches.
+            ValueError: If it is the state of another kind of loader, or of one with another number of batches.
         """
         if not {"epoch", "batches"} <= set(state_dict):
             raise ValueError(

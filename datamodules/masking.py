@@ -1,7 +1,7 @@
 """Masked language modelling (Devlin et al., NAACL 2019, section 3.1), as a pure function of (seed, epoch, index).
 
-Of each sequence 15 % of the positions are chosen; of these 80 % are replaced by the mask token, 10 % by a random
-token, and 10 % are left. All sequences get equally many, so that shapes are static.
+In each sequence 15% of the positions are chosen. Of the chosen ones 80% are replaced by the mask token, 10% by a random
+token, and 10% are left unchanged. The number of chosen positions is the same in all sequences, so shapes are static.
 """
 
 import functools
@@ -15,7 +15,7 @@ _WEYL = np.uint64(0x9E3779B97F4A7C15)
 
 
 def num_predictions(rate: float, length: int) -> int:
-    """How many positions of a sequence are chosen: M = max(1, round(rate * length)), or 0 for rate 0."""
+    """Number of positions of a sequence that are chosen: M = max(1, round(rate * length)), or 0 for rate 0."""
     return max(1, round(rate * length)) if rate > 0 else 0
 
 
@@ -32,7 +32,7 @@ def _draw(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt
 
 
 def _keys(seed: int, epoch: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """One key per sample, by hashing seed, epoch and index one after the other.  # (B,)."""
+    """One key per sample, (B,): a hash of seed, epoch and index."""
     keys = np.full(indices.shape, seed % 2**64, dtype=np.uint64)
     for part in (np.full_like(indices, epoch), indices):
         keys = _mix(_draw(keys, part.astype(np.uint64)))
@@ -41,7 +41,7 @@ def _keys(seed: int, epoch: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[
 
 @functools.lru_cache(maxsize=8)
 def _ordinary(vocab_size: int, special: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """The ids that are not special."""
+    """The ids that are not special, ascending."""
     ordinary = np.setdiff1d(np.arange(vocab_size), special)
     ordinary.setflags(write=False)
     return ordinary
@@ -60,37 +60,37 @@ def mask_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose and replace tokens for a batch.
 
-    Special tokens are never chosen while there are enough others. In a sequence with fewer than M others, special
-    ones fill up the rest: they stay as they are, and the label is the token itself.
+    Special tokens are chosen only if a sequence has fewer than M other tokens. They are then left unchanged, and the
+    label is the token itself.
 
     Args:
         tokens: Ids, (B, T).
-        rate: Share of the positions to choose, in (0, 1); BERT's is 0.15.
-        vocab_size: Number of ids, special ones included; random replacements are drawn from the ordinary ones.
-        mask_id: The mask token; special, whether listed or not.
+        rate: Share of the positions to choose, in (0, 1); 0.15 in BERT.
+        vocab_size: Number of ids, special ones included; random replacements are drawn from the other ones.
+        mask_id: The mask token; special, whether it is in ``special_ids`` or not.
         special_ids: Tokens that carry no text, such as separators.
-        seed: Of the run.
-        epoch: Of the order, 0 for masks that never change.
-        indices: Number of each sequence in its dataset, (B,). With seed and epoch it decides everything: neither
-            the other sequences of the batch nor the order of calls matter.
+        seed: Seed of the masks.
+        epoch: Number of the epoch; always 0 for masks that never change.
+        indices: Index of each sequence in its dataset, (B,). The masks depend on seed, epoch and index only, not on the
+            other sequences of the batch or on earlier calls.
 
     Returns:
         ``input_ids`` (B, T) with replacements, ``positions`` (B, M) in ascending order, and ``labels`` (B, M), the
-        tokens that were there; all int64, with M = max(1, round(rate * T)).
+        original tokens; all int64, with M = max(1, round(rate * T)).
 
     Raises:
-        ValueError: ``rate`` is not in (0, 1).
+        ValueError: If ``rate`` is not in (0, 1).
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate={rate}: must lie between 0 and 1, such as 0.15")
-    ids = np.asarray(tokens).astype(np.int64)  # (B, T), a copy to write to
+    ids = np.asarray(tokens).astype(np.int64)  # (B, T), a copy that is written to
     size, length = ids.shape
     chosen = num_predictions(rate, length)
     special = tuple(sorted({mask_id, *special_ids}))
     ordinary = _ordinary(vocab_size, special)
 
     keys = _keys(seed, epoch, np.asarray(indices, dtype=np.int64).reshape(size))[:, None]  # (B, 1)
-    counters = np.arange(length + 2 * chosen, dtype=np.uint64)[None]  # three numbers that no two uses share
+    counters = np.arange(length + 2 * chosen, dtype=np.uint64)[None]  # disjoint for the three uses below
     score = _draw(keys, counters[:, :length]) >> np.uint64(1)  # (B, T)
     is_special = np.isin(ids, special)
     score |= is_special.astype(np.uint64) << np.uint64(63)  # special tokens come last

@@ -1,4 +1,4 @@
-"""A data module that keeps its loader's position in the checkpoint, and refuses to go on with other data."""
+"""Base class of data modules that save the loader's position in the checkpoint and refuse to resume on other data."""
 
 from abc import abstractmethod
 from typing import Any
@@ -13,13 +13,13 @@ __all__ = ["ResumableDataModule", "check_at_least"]
 
 
 def check_at_least(**limits: tuple[int | None, int]) -> None:
-    """Refuse arguments below their least value; None always passes.
+    """Refuse arguments below their minimum; None is always accepted.
 
     Args:
-        limits: Value and least value by the argument's name.
+        limits: Value and minimum, by the argument's name.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If a value is below its minimum; the message names the argument.
 
     Example:
         >>> check_at_least(batch_size=(0, 1))
@@ -36,21 +36,21 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class ResumableDataModule(LightningDataModule):
-    """Base of data modules whose data sets make a whole batch at a time, in `__getitems__`.
+    """Base of data modules whose datasets return a whole batch at a time, from `__getitems__`.
 
-    A subclass makes ``train_set``, ``validation_set`` and, if asked, ``test_set`` in its ``setup``, calls `go_on` at
-    the end of it, and tells in `settings` what its batches depend on. Loading a checkpoint with other settings is an
-    error; with the same, training goes on with the very next batch.
+    A subclass creates ``train_set``, ``validation_set`` and optionally ``test_set`` in its ``setup``, calls `go_on` at
+    the end of it, and returns from `settings` everything that its batches depend on. Resuming from a checkpoint with
+    other settings is an error; with the same settings, training continues at the next batch.
 
     Args:
         batch_size: Samples per batch and device.
-        seed: Of the order of the training data.
-        num_workers: Processes that make the batches.
+        seed: Seed of the order of the training data.
+        num_workers: Worker processes that make the batches; 0 makes them in the main process.
     """
 
     train_set: Dataset[Any]
     validation_set: Dataset[Any]
-    test_set: Dataset[Any] | None = None  # where a test was asked for
+    test_set: Dataset[Any] | None = None  # None without a test split
 
     def __init__(self, *, batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -58,16 +58,16 @@ class ResumableDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self._saved: dict[str, Any] | None = None  # of the checkpoint, until there are data to compare with
-        self._position: dict[str, int] | None = None  # of the checkpoint, until there is a loader to continue
+        self._saved: dict[str, Any] | None = None  # state of a checkpoint, until setup allows to compare it
+        self._position: dict[str, int] | None = None  # position of a checkpoint, until there is a loader for it
         self._train_loader: ResumableLoader | None = None
 
     @abstractmethod
     def settings(self) -> dict[str, Any] | None:
-        """All that training batches depend on, as plain values; None before setup."""
+        """Everything that training batches depend on, as plain values; None before setup."""
 
     def go_on(self) -> None:
-        """Take up the checkpoint that was loaded before there were data to compare it with, if any."""
+        """Apply the state of a checkpoint that was loaded before setup, if any."""
         if self._saved is not None:
             self.load_state_dict(self._saved)
 
@@ -106,7 +106,7 @@ class ResumableDataModule(LightningDataModule):
     # ---- checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data, and all that batches depend on; empty before setup."""
+        """The position in the data, and the settings; empty before setup."""
         settings = self.settings()
         if settings is None:
             return {}
@@ -114,15 +114,15 @@ class ResumableDataModule(LightningDataModule):
         return {"settings": settings, "position": position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the position of a checkpoint that training goes on from, if it was trained on these data.
+        """Continue at the position of a checkpoint, if it was trained on the same data.
 
-        Evaluating one on other data is fine.
+        Only resuming is checked: a checkpoint may be evaluated on other data.
 
         Args:
-            state_dict: What `state_dict` returned.
+            state_dict: A return value of `state_dict`.
 
         Raises:
-            ValueError: The data differ.
+            ValueError: If the settings differ; the message lists the differences.
         """
         if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
             return

@@ -1,8 +1,8 @@
-"""WebDataset shards as a map dataset: tar files whose headers are read once, and whose samples are read by position.
+"""WebDataset shards as a map-style dataset: tar headers are read once, and samples are read by position.
 
-A stream of shards has to share out whole shards, shuffles little, and loses count where it is resumed. With an index
-of where each member begins, shards are a data set like any other: `ResumableLoader` shuffles all of it, shares it
-equally among ranks and workers, and resumes at the very next batch.
+A streaming reader assigns whole shards to workers, shuffles only within a buffer, and loses its position when it is
+resumed. With an index of the offset of each member, shards are an ordinary dataset: `ResumableLoader` shuffles all
+samples, divides them equally among ranks and workers, and resumes exactly at the next batch.
 """
 
 import glob
@@ -28,12 +28,12 @@ from lit_scale.datamodules.cache import Cache, cache_folder, digest, npy
 __all__ = ["IMAGES", "Shards", "expand_shards", "is_pattern", "write_shards"]
 
 IMAGES = ("jpg", "jpeg", "png")
-_EXTENSIONS = (*IMAGES, "cls", "txt", "json")  # nothing that would have to be unpickled
-_FORMAT = 1  # of the index; raise it when something else is kept of a shard
-_OPEN_FILES = 64  # at a time; more shards than that take turns
-_BLOCK = 512  # of a tar file
+_EXTENSIONS = (*IMAGES, "cls", "txt", "json")  # none of them needs unpickling
+_FORMAT = 1  # version of the index; increase it when its content changes
+_OPEN_FILES = 64  # maximum number of shards that are open at a time
+_BLOCK = 512  # block size of a tar file, in bytes
 _LABEL = 21  # bytes kept of a `.cls`, enough for the digits of an int64
-_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes
+_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's metadata
 
 Index = dict[str, npt.NDArray[Any]]
 
@@ -42,7 +42,7 @@ Index = dict[str, npt.NDArray[Any]]
 
 
 def is_pattern(source: str) -> bool:
-    """Whether a string names tar files, be it one, a brace pattern or a glob; pipes count, so as to be refused.
+    """Whether a string names tar files: a file, a brace pattern or a glob. True for pipes too, which are refused later.
 
     Example:
         >>> is_pattern("train-{000..009}.tar"), is_pattern("notes/*.txt")
@@ -52,16 +52,16 @@ def is_pattern(source: str) -> bool:
 
 
 def expand_shards(source: str | Sequence[str]) -> list[Path]:
-    """The files of a brace pattern as in WebDataset, ``"train-{000..009}.tar"``, of a glob, or of a list of either.
+    """Expand a brace pattern as in WebDataset, ``"train-{000..009}.tar"``, a glob, or a list of them, to paths.
 
     Args:
-        source: Local files only.
+        source: Pattern or patterns of local files.
 
     Returns:
-        Existing files, in the order of the pattern; those of a glob sorted.
+        Existing files, in the order of the pattern; those of a glob are sorted.
 
     Raises:
-        ValueError: It is a pipe or a URL, matches nothing, names a file twice, or one that does not exist.
+        ValueError: If ``source`` is a pipe or a URL, matches nothing, or names a file twice or one that does not exist.
 
     Example:
         >>> expand_shards("pipe:cat train.tar")
@@ -97,13 +97,13 @@ def expand_shards(source: str | Sequence[str]) -> list[Path]:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """Key and extension as WebDataset tells them apart: ``a/b.c.png`` is the ``c.png`` of ``a/b``."""
+    """Key and extension as in WebDataset, divided at the first dot: ``a/b.c.png`` is the ``c.png`` of ``a/b``."""
     found = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", name, re.DOTALL)
     return (found[1], found[2].lower()) if found else (None, "")
 
 
 def _members(shard: Path) -> Iterator[tuple[str, str, int, int, bytes]]:
-    """Key, extension, offset and size of the files in a tar, and what a `.cls` says; checks that the tar is whole."""
+    """Key, extension, offset, size and, for a `.cls`, content of each member; checks that the tar file is complete."""
     with open(shard, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         try:
@@ -128,7 +128,7 @@ def _members(shard: Path) -> Iterator[tuple[str, str, int, int, bytes]]:
             raise ValueError(
                 f"shard {str(shard)!r} cannot be read ({error}): it has to be a whole tar file, not compressed"
             ) from error
-        closing = os.pread(file.fileno(), _BLOCK, end)  # tarfile takes any end of the file for the end of the archive
+        closing = os.pread(file.fileno(), _BLOCK, end)  # tarfile accepts an archive that ends anywhere
     if closing != bytes(_BLOCK):
         raise ValueError(
             f"shard {str(shard)!r} is truncated or damaged: no further member and no end mark at byte {end} of "
@@ -137,7 +137,7 @@ def _members(shard: Path) -> Iterator[tuple[str, str, int, int, bytes]]:
 
 
 def _scan(shards: Sequence[Path]) -> Index:
-    """Keys (N,), labels (N,), shard (N,), and offset and size of each extension (N, E, 2), size -1 where absent."""
+    """Index of keys (N,), labels (N,), shards (N,), and offset and size per extension (N, E, 2); size -1 if absent."""
     keys: list[bytes] = []
     labels: list[bytes] = []
     numbers: list[int] = []
@@ -172,24 +172,24 @@ def _scan(shards: Sequence[Path]) -> Index:
 
 
 class Shards(Dataset[dict[str, Any]]):
-    """The samples of WebDataset shards, by their position; a dict of bytes each, with the key as ``__key__``.
+    """The samples of WebDataset shards by position, each a dict of bytes by extension, with the key as ``__key__``.
 
-    Members of the same name up to the first dot belong to one sample, ``0001.jpg`` and ``0001.cls``. Only ``jpg``,
-    ``jpeg``, ``png``, ``cls``, ``txt`` and ``json`` are read, nothing is ever unpickled, and other members are passed
-    over. Because samples are read by position, shards are only files here: fewer of them than ranks times workers is
-    fine, and so are shards of unequal size; every rank gets equally many samples, none twice.
+    Consecutive members with the same name up to the first dot form one sample, such as ``0001.jpg`` and ``0001.cls``.
+    Only ``jpg``, ``jpeg``, ``png``, ``cls``, ``txt`` and ``json`` are read. Other members are ignored, and nothing is
+    unpickled. Because samples are read by position, there may be fewer shards than ranks times workers, and shards of
+    unequal size. With `ResumableLoader` every rank gets equally many samples; with ``drop_last`` none is repeated.
 
-    The headers are read once, at about a second for 40,000 members; the index is kept in the cache, by path, size and
-    time of each shard. Processes that are forked or spawned open the files anew.
+    The headers are read once, at about a second per 40,000 members. The index is cached under the path, size and
+    modification time of each shard. Spawned processes open the files again; forked ones read by offset, which is safe.
 
     Args:
         source: Brace pattern, glob, or a list of them; see `expand_shards`.
-        need: Members that each sample must have, any extension of each group.
+        need: Groups of extensions; each sample must have at least one member of each group.
         cache_dir: Folder for the index; None is $LIT_SCALE_CACHE, or ~/.cache/lit_scale.
 
     Raises:
-        ValueError: A shard is missing, empty, truncated, compressed or no tar file, or a sample lacks a member; at
-            reading, a shard was changed meanwhile.
+        ValueError: If a shard is missing, empty, truncated, compressed or not a tar file, or a sample lacks a member;
+            when a sample is read, if its shard was changed since it was indexed.
 
     Example:
         >>> pattern = f"{folder}/example-{{000000..000001}}.tar"
@@ -229,7 +229,7 @@ class Shards(Dataset[dict[str, Any]]):
 
     @cached_property
     def _index(self) -> Index:
-        """Mapped from the cache, so that processes share the memory."""
+        """The index, memory-mapped from the cache, so that processes share the memory."""
         assert self._files is not None
         return {name: np.load(path, mmap_mode="r") for name, path in self._files.items()}
 
@@ -244,25 +244,25 @@ class Shards(Dataset[dict[str, Any]]):
         return {"__key__": self.key(index)} | {extension: self.read(index, extension) for extension in present}
 
     def key(self, index: int) -> str:
-        """The name of a sample's members up to the dot."""
+        """Key of a sample: the name of its members up to the first dot."""
         return bytes(self._index["keys"][index]).decode(errors="surrogateescape")
 
     def name(self, index: int) -> str:
-        """Which sample that is, for messages."""
+        """Key and shard of a sample, for messages."""
         return f"sample {self.key(index)!r} of shard {str(self.paths[self._index['shards'][index]])!r}"
 
     @property
     def fingerprint(self) -> str:
-        """Hash of keys, labels, places and sizes of all samples, wherever the shards lie."""
+        """Hash of keys, labels, offsets and sizes of all samples; it does not depend on the folder of the shards."""
         assert self._files is not None
         return digest(" ".join(path.stem for path in self._files.values()).encode())
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64]:
-        """The classes that the ``cls`` members give, (N,).
+        """The classes in the ``cls`` members, (N,).
 
         Raises:
-            ValueError: One is not a whole number.
+            ValueError: If one is not an integer.
         """
         said = np.asarray(self._index["labels"])
         try:
@@ -279,7 +279,7 @@ class Shards(Dataset[dict[str, Any]]):
         """The content of the first of these members that the sample has.
 
         Raises:
-            ValueError: It has none of them, or the shard is gone or was changed since it was indexed.
+            ValueError: If the sample has none of them, or its shard was removed or changed since it was indexed.
         """
         members = self._index["members"][index]
         for extension in extensions:
@@ -295,7 +295,7 @@ class Shards(Dataset[dict[str, Any]]):
         return data
 
     def _descriptor(self, number: int) -> int:
-        """An open file of this shard; reading by offset leaves nothing that forked processes could disturb."""
+        """Descriptor of this shard's open file. Forked processes can share it, because pread does not move it."""
         file = self._open.pop(number, None)
         if file is None:
             path = self.paths[number]
@@ -307,7 +307,7 @@ class Shards(Dataset[dict[str, Any]]):
                 raise ValueError(f"shard {str(path)!r} was changed since it was indexed: start again")
             if len(self._open) >= _OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
-        self._open[number] = file  # the last one used is the last one closed
+        self._open[number] = file  # in order of use: the least recently used one is closed first
         return file.fileno()
 
 
@@ -319,7 +319,7 @@ def _stamp(stat: os.stat_result) -> list[int]:
 
 
 def _encoded(image: Image.Image | str | Path, form: str) -> tuple[str, bytes]:
-    """Extension and content; files that are jpg or png already stay as they are."""
+    """Extension and content of an image; jpg and png files are not encoded again."""
     if not isinstance(image, Image.Image):
         extension = Path(image).suffix[1:].lower()
         if extension in IMAGES:
@@ -343,21 +343,22 @@ def write_shards(
 ) -> list[Path]:
     """Write images and their classes as WebDataset shards ``name-000000.tar``, ``name-000001.tar``...
 
-    Each appears under its name when it is complete. The same samples make the same bytes.
+    A shard gets its name when it is complete. The same samples give the same bytes.
 
     Args:
-        samples: Image, or path of an image file, and its class; files in jpg or png are stored as they are.
-        folder: Made if it does not exist.
-        samples_per_shard: At most.
-        name: Beginning of the files' names.
-        form: Of images that are not files yet: "png", which loses nothing, or "jpg" at quality 95.
-        progress: Called with each shard that is complete.
+        samples: Pairs of an image, or the path of an image file, and its class. Files in jpg or png are stored
+            unchanged.
+        folder: Target folder; created if it does not exist.
+        samples_per_shard: Maximum number of samples per shard; webdataset also starts a new shard after 3 GB.
+        name: Prefix of the file names.
+        form: Format of all other images: "png", which is lossless, or "jpg" at quality 95.
+        progress: Called with the path of each completed shard.
 
     Returns:
-        The shards.
+        Paths of the shards.
 
     Raises:
-        ValueError: There are such shards already, there is no sample, or an argument is out of its range.
+        ValueError: If the folder already has shards of this name, there is no sample, or an argument is out of range.
     """
     from webdataset import ShardWriter
 
@@ -390,7 +391,7 @@ def write_shards(
             extension, data = _encoded(image, form)
             writer.write({"__key__": f"{number:08d}", extension: data, "cls": str(int(label)).encode()})
     except BaseException:
-        writer.post = os.remove  # half a shard is none
+        writer.post = os.remove  # remove the incomplete shard
         writer.close()
         raise
     writer.close()

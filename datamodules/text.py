@@ -1,6 +1,6 @@
-"""Text for language models: files in, fixed-length sequences out, masked for BERT or as they are for GPT.
+"""Text for language models: fixed-length sequences from text files, masked (BERT) or unmasked (GPT).
 
-Where the tokens come from is told in :mod:`lit_scale.datamodules.corpus`.
+:mod:`lit_scale.datamodules.corpus` reads and tokenizes the files.
 """
 
 import importlib.metadata
@@ -32,22 +32,22 @@ from lit_scale.seeds import derive_seed
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 1  # of the cache; raise it when the tokens of a document or their order change
+_FORMAT = 1  # version of the cache; increase it when the tokens of a document or their order change
 _SPECIAL = ("<sep>", "<mask>")  # the last two ids of every vocabulary
 
 Batch = dict[str, torch.Tensor]
 
 
 class _Sequences(Dataset[Batch]):
-    """Rows of a token file, a whole batch at a time, with masks made on the way.
+    """Rows of a token file, masked when they are read, a whole batch at a time.
 
     Args:
-        path: The tokens, a one-dimensional .npy.
+        path: The tokens, a one-dimensional .npy file.
         length: Tokens per row, T.
-        rows: Which rows to use; None is all of them.
-        mask: `mask_tokens` with all but tokens, epoch and indices given; None leaves the tokens as they are.
-        epochwise: New masks each epoch, otherwise always those of epoch 0.
-        sized: Takes keys (epoch, index, size), where a size cuts each row into sequences of that many tokens.
+        rows: Indices of the rows to use; None uses all.
+        mask: `mask_tokens` with all arguments but tokens, epoch and indices bound; None leaves the tokens unchanged.
+        epochwise: Whether masks change with the epoch; otherwise they are those of epoch 0.
+        sized: Whether keys are (epoch, index, size); a size cuts each row into sequences of that many tokens.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class _Sequences(Dataset[Batch]):
 
     @cached_property
     def tokens(self) -> npt.NDArray[Any]:
-        """(N, T), mapped from the file; what does not fill a row is left out."""
+        """Memory-mapped tokens, (N, T), without those at the end that do not fill a row."""
         flat = np.load(self.path, mmap_mode="r")
         count = len(flat) // self.length
         return flat[: count * self.length].reshape(count, self.length)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker that is not forked maps the file again; pickled, the map would be a copy of all tokens
+        # a spawned worker maps the file again: pickling the map would copy all tokens
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
     @property
@@ -85,7 +85,7 @@ class _Sequences(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[int | tuple[int, int] | tuple[int, int, int | None]]) -> Batch:
         pairs = [key[:2] if isinstance(key, tuple) else (0, key) for key in keys]
         epoch = pairs[0][0]
-        if pairs[-1][0] != epoch:  # a larger batch than usual, across the end of an epoch
+        if pairs[-1][0] != epoch:  # a planned batch may span two epochs
             parts = [self.__getitems__(list(own)) for _, own in itertools.groupby(keys, key=_epoch_of)]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         indices = np.array([index for _, index in pairs])
@@ -95,7 +95,7 @@ class _Sequences(Dataset[Batch]):
         size = keys[0][2] if self.sized and isinstance(keys[0], tuple) and len(keys[0]) == 3 else None
         if size is not None:
             pieces = self.length // size
-            ids = ids.reshape(-1, size)  # (B T / size, size): as many tokens as ever
+            ids = ids.reshape(-1, size)  # (B T / size, size): the number of tokens is unchanged
             indices = (indices[:, None] * pieces + np.arange(pieces)).ravel()
         if self.mask is None:
             return {"input_ids": torch.from_numpy(ids)}
@@ -113,34 +113,36 @@ def _epoch_of(key: Any) -> int:
 class TextDataModule(ResumableDataModule):
     """Sequences of text for masked or causal language models, from any folder of text files.
 
-    Documents are joined with a separator and cut into sequences, train and validation apart. Batches are dicts of
-    int64 tensors: ``input_ids`` (B, T), and with masking ``positions`` and ``labels`` (B, M). Order and masks of
-    training change with the epoch; those of validation never do, so that losses of all runs compare. Resuming
-    continues with the very next batch, and is refused on other data.
+    In each split, documents are concatenated, each followed by a separator, and cut into sequences. Batches are dicts
+    of int64 tensors: ``input_ids`` (B, T), and with masking ``positions`` and ``labels`` (B, M). Order and masks change
+    with the epoch in training; in validation and test they never change, so that losses can be compared between runs.
+    Training resumes exactly at the next batch; resuming on other data is refused.
 
     Args:
         corpus: Text files, folders (all text files below, hidden ones left out) or globs, one document per file; tar
-            files such as ``"shards-{0..3}.tar"``, one document per ``.txt`` member; None is the standard library's own
-            Python sources without its tests, about 12 MB.
-        tokenizer: "bytes", 256 ids and nothing to train, or "bpe", a byte-level BPE trained on the training documents.
-        vocab_size: Of the BPE, special tokens included; None is 8192.
+            files such as ``"shards-{0..3}.tar"``, one document per ``.txt`` member; None is the Python sources of the
+            standard library without its tests, about 12 MB.
+        tokenizer: "bytes", the 256 byte values, without training; or "bpe", a byte-level BPE trained on the training
+            documents.
+        vocab_size: Vocabulary size of the BPE, special tokens included; None is 8192. With "bytes" it is 258 and cannot
+            be set.
         sequence_length: Tokens per sequence, T, at least 8.
         batch_size: Sequences per batch and device.
         val_fraction: Expected share of the documents that is held out for validation, in (0, 1).
-        test_fraction: Expected share of the documents that is held out for a test, on which nothing is chosen; 0 makes
-            no test set.
-        max_val_sequences: Validate, and test, on a fixed random choice of so many sequences; None takes all.
-        mask_rate: Share of the positions to predict, in [0, 1); BERT's is 0.15. 0 leaves the text as it is, for
-            causal models.
-        seed: Of the training data's order and masks.
-        split_seed: Of split and validation masks; apart from ``seed``, so that runs of several seeds are validated on
-            the same data and share the cache.
-        num_workers: Processes that make the batches; 0 makes them in the main one, which is fast enough for most.
+        test_fraction: Expected share of the documents that is held out for test, in [0, 1 - ``val_fraction``); 0 makes
+            no test set. The test set is for reporting only, not for choosing anything.
+        max_val_sequences: Number of sequences, chosen at random once, to validate and to test on; None takes all.
+        mask_rate: Share of the positions to predict, in [0, 1); 0.15 in BERT. 0 leaves the text unmasked, for causal
+            models.
+        seed: Seed of the order and masks of the training data.
+        split_seed: Seed of the split and of the masks in validation and test. It is separate from ``seed`` so that runs
+            with different seeds are validated on the same data and share the cache.
+        num_workers: Worker processes that make the batches; 0, usually fast enough, makes them in the main process.
         cache_dir: Folder for tokens and tokenizers; None is $LIT_SCALE_CACHE, or ~/.cache/lit_scale.
 
     Raises:
-        ValueError: An argument is out of its range, or at setup: the corpus matches nothing, is not text or too
-            short, or the cache folder cannot be written.
+        ValueError: If an argument is out of range; or, when the data is prepared, if the corpus matches nothing, is not
+            text or is too short, or the cache folder cannot be written.
 
     Example:
         >>> data = TextDataModule(sequence_length=128, batch_size=8)
@@ -204,17 +206,17 @@ class TextDataModule(ResumableDataModule):
 
     @property
     def mask_id(self) -> int:
-        """The token that hides another."""
+        """The token that replaces masked tokens."""
         return self.vocab_size - 1
 
     @property
     def special_ids(self) -> tuple[int, int]:
-        """Separator and mask: never predicted, never drawn."""
+        """Ids of separator and mask token; they are never drawn as random replacements."""
         return self.separator_id, self.mask_id
 
     @property
     def num_predictions(self) -> int:
-        """M, how many positions of each sequence are predicted; 0 without masking."""
+        """M, the number of predicted positions per sequence; 0 without masking."""
         return num_predictions(self.mask_rate, self.sequence_length)
 
     # ---- from files to tokens
@@ -224,7 +226,7 @@ class TextDataModule(ResumableDataModule):
             self._files = self._prepare()
 
     def _prepare(self) -> dict[str, Path]:
-        """Find the tokens in the cache, or make them."""
+        """Find the token files in the cache, or make them."""
         documents = read_documents(self.corpus, self.cache_dir)
         self._corpus_hash = digest("".join(documents).encode())
         settings: list[Any] = [_FORMAT, self._corpus_hash, self.split_seed, self.val_fraction, self.tokenizer]
@@ -242,7 +244,7 @@ class TextDataModule(ResumableDataModule):
         return files
 
     def _tokenize(self, documents: dict[str, bytes]) -> dict[str, bytes]:
-        """Split and encode the documents; file contents by name."""
+        """Split and encode the documents, and return the content of the cache files by name."""
         train, validation, test = split_documents(documents, self.val_fraction, self.split_seed, self.test_fraction)
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         contents: dict[str, bytes] = {}
@@ -300,10 +302,10 @@ class TextDataModule(ResumableDataModule):
 
     @cached_property
     def unigram_entropy(self) -> float:
-        """Loss, in nats per token, of a model that knows how frequent tokens are but sees no context.
+        """Loss, in nats per token, of a model that predicts tokens by their frequency, without context.
 
-        It is the cross-entropy of the validation tokens under the frequencies in training, each count plus one.
-        Special tokens are left out, as masking does.
+        It is the cross-entropy of the validation tokens under their frequencies in the training data, with one added to
+        each count. Special tokens are left out, as in masking.
         """
         ordinary = self.vocab_size - len(_SPECIAL)
         rows = self.validation_set.rows
@@ -340,7 +342,7 @@ class TextDataModule(ResumableDataModule):
     # ---- resume
 
     def settings(self) -> dict[str, Any] | None:
-        """All that training batches depend on; None before setup."""
+        """Everything that training batches depend on; None before setup."""
         if self._files is None:
             return None
         vocabulary = f"bpe {self._files['tokenizer'].name}" if self.tokenizer == "bpe" else "bytes"

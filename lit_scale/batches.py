@@ -1,7 +1,7 @@
-"""Batches: their tensors, how many samples they hold, and part of them.
+"""Batches: iterate over their tensors, count their samples, and take some of the samples.
 
-Batches are tensors, or tuples, lists, dicts and dataclasses of them, nested as they may be; the samples are the first
-axis.
+A batch is a tensor, or any nesting of tuples, lists, dicts and dataclasses of tensors. The first axis of each tensor is
+that of the samples.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 __all__ = ["Plan", "count_samples", "take_samples", "tensors"]
 
-#: The size of a batch's samples (pixels of a side, tokens of a sequence; None is full size) and how many there are,
-#: by the batch's number since the run began.
+#: Maps the number of a batch since the run began to the size of its samples (pixels of a side, tokens of a sequence;
+#: None is full size) and their number.
 Plan = Callable[[int], tuple[int | None, int]]
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, in order, whatever holds them."""
+    """The tensors of a batch, in order, from any nesting of containers."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -35,10 +35,10 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def count_samples(batch: Any) -> int:
-    """How many samples a batch holds: the first axis of its first tensor that has one.
+    """Number of samples in a batch: the length of the first axis of its first tensor that is not a scalar.
 
     Raises:
-        ValueError: It holds no such tensor.
+        ValueError: If the batch holds no such tensor.
     """
     for tensor in tensors(batch):
         if tensor.ndim:
@@ -47,16 +47,16 @@ def count_samples(batch: Any) -> int:
 
 
 def take_samples(batch: Any, index: Tensor | slice) -> Any:
-    """A batch of the same form with some of the samples.
+    """Take some of the samples, as a batch of the same form.
 
-    Numbers, and tensors whose first axis is 1, belong to all samples and stay as they are.
+    Numbers, scalar tensors, and tensors whose first axis has length 1 belong to all samples and are left unchanged.
 
     Args:
         batch: Tensors in any nesting.
-        index: Of the samples, (b,), repeated ones too; or a slice, which copies nothing.
+        index: Indices of the samples, (b,), repetitions allowed; or a slice, which copies no tensor.
 
     Raises:
-        ValueError: A tensor's first axis is not the samples.
+        ValueError: If the first axis of a tensor is not that of the samples.
 
     Example:
         >>> import torch
@@ -97,6 +97,6 @@ def _take(part: Any, index: Tensor | slice, count: int, top: bool = False) -> An
 
 
 def _one_each(part: Sequence[Any], count: int) -> bool:
-    """Whether a list holds an item for each sample: texts, or tensors of various sizes."""
+    """Whether a list holds one item per sample: strings, or tensors of different sizes."""
     held = list(tensors(part))
     return len(part) == count and (not held or any(t.ndim and t.shape[0] != count for t in held))

@@ -1,4 +1,4 @@
-"""Putting a module or a run back, bit for bit: what is done inside leaves no trace."""
+"""Context managers that restore a module or a run, bit for bit, when they exit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 __all__ = ["undone", "unnoticed", "unseen"]
 
-_LOGS = {"log", "log_dict"}  # of LightningModule, which refuse to work outside of the loop
+_LOGS = {"log", "log_dict"}  # methods of LightningModule, which raise outside of the loop
 
 
 def _keep(value: Any) -> Any:
@@ -27,7 +27,7 @@ def _keep(value: Any) -> Any:
 
 @contextmanager
 def unnoticed(module: nn.Module) -> Iterator[None]:
-    """Put metrics, random state and modes back as they were, and log nothing meanwhile."""
+    """Restore metrics, random state and training modes on exit, and log nothing in between."""
     modules = list(module.modules())
     metrics = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in modules if isinstance(m, Metric)]
     modes = [part.training for part in modules]
@@ -50,12 +50,12 @@ def unnoticed(module: nn.Module) -> Iterator[None]:
             metric._update_count, metric._computed = updates, computed
         for part, mode in zip(modules, modes, strict=True):
             part.training = mode
-        random.__exit__(None, None, None)  # it would leave the state as it is if it saw an exception
+        random.__exit__(None, None, None)  # given an exception, it would not restore the state
 
 
 @contextmanager
 def unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """As :func:`unnoticed`, and put buffers back and keep what is written to loggers from them."""
+    """As :func:`unnoticed`; also restore the buffers, and keep everything from the loggers."""
     buffers = [(buffer, _keep(buffer)) for buffer in pl_module.buffers()]
     loggers = trainer.loggers
     try:
@@ -71,12 +71,12 @@ def unseen(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Put weights, gradients, optimizers, scaler, buffers, metrics and random state back, bit for bit.
+    """As :func:`unseen`; also restore weights, gradients, and the state of optimizers and gradient scaler, bit for bit.
 
-    The copies are in main memory.
+    The copies are held in main memory.
 
     Raises:
-        MemoryError: There is no room for the copies.
+        MemoryError: If main memory has no room for the copies.
     """
     parameters = list(pl_module.parameters())
     states = [dict(optimizer.state) for optimizer in trainer.optimizers]
@@ -87,7 +87,9 @@ def undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     tensors = [*parameters, *(leaf for leaf in tree_leaves([states, groups]) if isinstance(leaf, Tensor))]
     need = sum(tensor.nbytes for tensor in [*tensors, *(p.grad for p in parameters if p.grad is not None)])
     if need > (free := _free_memory()):
-        raise MemoryError(f"copies of weights and optimizer need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+        raise MemoryError(
+            f"copies of weights and optimizer state need {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free"
+        )
     copies = [_keep(tensor) for tensor in tensors]
     gradients = [_keep(parameter.grad) for parameter in parameters]
     structures = [{key: tree_map(lambda leaf: leaf, value) for key, value in state.items()} for state in states]
@@ -110,7 +112,7 @@ def undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 
 def _free_memory() -> float:
-    """Bytes of main memory that can still be had, where the system tells."""
+    """Bytes of main memory that are available; infinity if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -119,4 +121,4 @@ def _free_memory() -> float:
 
 
 def _silent(*_: Any, **__: Any) -> None:
-    """Stands in for them."""
+    """Replace ``log`` and ``log_dict``: do nothing."""

@@ -1,7 +1,7 @@
 """Schedules: pure functions of the run's progress, a number in [0, 1].
 
-The same schedule therefore serves a run limited by steps, by epochs or by seconds; who calls it says how far the
-run is (:func:`lit_scale.progress.progress`).
+The same schedule therefore works for a run limited by steps, by epochs or by time. The caller passes the progress
+(:func:`lit_scale.progress.progress`).
 """
 
 import math
@@ -15,10 +15,10 @@ RateScaling = Literal["linear", "sqrt", "none"]
 
 
 def warmup_cosine(progress: float, warmup: float = 0.05) -> float:
-    """Factor on the peak learning rate: linear warm-up from 0 to 1, then half a cosine down to exactly 0.
+    """Factor on the peak learning rate: linear warm-up from 0 to 1, then cosine decay to exactly 0.
 
-    A baseline whose rate has not decayed by the end of its own run makes every technique look good (Kaddour et al.
-    2023, "No Train No Gain", section 3), so the decay always spans the whole run.
+    The decay always ends with the run: against a baseline whose learning rate has not fully decayed, every technique
+    looks good (Kaddour et al. 2023, "No Train No Gain", section 3).
 
     Args:
         progress: Fraction of the run that is done.
@@ -34,11 +34,11 @@ def warmup_cosine(progress: float, warmup: float = 0.05) -> float:
 
 
 def stage_at(progress: float, starts: Sequence[float]) -> int:
-    """Index of the last stage that has begun; a stage begins at its start, not after it.
+    """Index of the current stage; a stage includes its start.
 
     Args:
         progress: Fraction of the run that is done.
-        starts: Ascending fractions at which the stages begin, the first one 0.
+        starts: Ascending fractions at which the stages begin; the first is 0.
 
     Example:
         >>> [stage_at(p, [0.0, 0.3, 0.6]) for p in (0.0, 0.29, 0.3, 1.0)]
@@ -48,9 +48,10 @@ def stage_at(progress: float, starts: Sequence[float]) -> int:
 
 
 def number_or_share(amount: int | float) -> int | float:
-    """A number of things (int) or a share of them (float below 1): a whole float from 1 on is a number as well.
+    """Convert a float that is a whole number of at least 1 to an int; return any other value unchanged.
 
-    Command lines need this: of ``int | float`` a parser may try either first, since Python holds both orders for equal.
+    An int is a number of items, a float below 1 a share of them. Command lines need the conversion: a parser may try
+    the types of ``int | float`` in either order, because Python treats both orders as equal.
 
     Example:
         >>> [number_or_share(amount) for amount in (4, 4.0, 1.0, 0.5, 1.5)]
@@ -60,14 +61,15 @@ def number_or_share(amount: int | float) -> int | float:
 
 
 def check_starts(stages: Sequence[tuple[float, int | float]], what: str) -> list[tuple[float, int | float]]:
-    """Stages as a list of (start, amount), if they are well formed.
+    """Check stages, and return them as a list of (start, amount).
 
     Args:
-        stages: Pairs; starts ascend from 0 and stay below 1, amounts are positive: an int, or a fraction up to 1.0.
-        what: The amount's name, for messages.
+        stages: Pairs (start, amount). Starts ascend from 0 and are below 1. Amounts are positive: an int, or a float of
+            at most 1.0.
+        what: Name of the amount, for messages.
 
     Raises:
-        ValueError: They are not.
+        ValueError: If ``stages`` has another form.
 
     Example:
         >>> check_starts([(0, 0.5), (0.25, 8)], "depth")
@@ -89,7 +91,9 @@ def check_starts(stages: Sequence[tuple[float, int | float]], what: str) -> list
 
 
 def rewarmup(progress: float, since: float, duration: float) -> float:
-    """Factor on the learning rate that climbs linearly from 0 to 1 over ``duration`` after the event at ``since``.
+    """Factor on the learning rate that rises linearly from 0 to 1 over ``duration`` after the event at ``since``.
+
+    Before the event, and if ``duration`` is not positive, it is 1. All three arguments are fractions of the run.
 
     Example:
         >>> [rewarmup(p, since=0.5, duration=0.1) for p in (0.4, 0.55, 0.7)]
@@ -101,18 +105,18 @@ def rewarmup(progress: float, since: float, duration: float) -> float:
 
 
 def rate_factor(times: float, scaling: RateScaling = "sqrt") -> float:
-    """Factor on the learning rate of a batch that is so many times as large.
+    """Factor on the learning rate for a batch that is ``times`` as large.
 
-    ``"linear"`` is for SGD with momentum (Goyal et al. 2017, section 2.1), ``"sqrt"`` for optimizers that divide by the
-    size of the gradient (Hoffer et al. 2017; You et al. 2020, for untuned LAMB). Both presume a warm-up, and a batch
-    below the critical one: beyond it no rate makes up for the steps that are missing.
+    ``"linear"`` is for SGD with momentum (Goyal et al. 2017, section 2.1), ``"sqrt"`` for optimizers that normalise the
+    gradient (Hoffer et al. 2017; You et al. 2020, for untuned LAMB). Both assume a warm-up, and a batch below the
+    critical batch size: above it no learning rate compensates for the smaller number of steps.
 
     Args:
-        times: The batch over the one that the rate was tuned for.
-        scaling: The rule.
+        times: Batch size, divided by the batch size that the learning rate was tuned for.
+        scaling: ``"linear"``, ``"sqrt"`` or ``"none"``.
 
     Raises:
-        ValueError: The rule is unknown, or ``times`` is not above 0.
+        ValueError: If ``scaling`` is unknown, or ``times`` is not above 0.
 
     Example:
         >>> [rate_factor(16, scaling) for scaling in ("linear", "sqrt", "none")]

@@ -1,4 +1,4 @@
-"""Seeds that are a function of what they are for."""
+"""Seeds derived from their purpose."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ __all__ = ["derive_seed"]
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Hash numbers and names to a seed; unlike a sum, (seed 0, epoch 1) and (seed 1, epoch 0) have nothing in common.
+    """Hash numbers and names to a seed. Unlike with a sum, (seed 0, epoch 1) and (seed 1, epoch 0) differ.
 
     Args:
-        parts: What the random numbers should depend on.
+        parts: Everything that the random numbers should depend on, in a fixed order.
 
     Returns:
         An integer in [0, 2**63), the same on every machine.

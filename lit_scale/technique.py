@@ -1,9 +1,24 @@
-"""What every technique stands on: the checks at its start, and its mark in the checkpoint."""
+"""The base of every technique: checks at the start, one decision per optimizer step, logs, and the way back.
+
+A subclass names its factor and fills in what it needs::
+
+    class MyTechnique(Technique):
+        factor = "samples"
+
+        def settings(self): ...                       # constructor arguments, compared at resume
+        def setup(self, trainer, pl_module, stage):   # super().setup(...) first; refuse what does not fit
+        def decide(self, trainer, pl_module): ...     # once per optimizer step
+        def logged(self, trainer): ...                # what is written of it, by name
+        def step_kind(self): ...                      # what decides a step's cost; is_plain and the rest likewise
+
+Whatever it changes in a model, a loader or a Trainer it hands to :meth:`Technique.undo_later`, so that an exception or
+the end of the run changes it back.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +29,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lit_scale.progress import Windows
+from lit_scale.trainers import callbacks_of, writes_logs
 
-__all__ = ["Factor", "Technique", "averages", "check_techniques", "snake_case", "trained_with"]
+__all__ = ["Factor", "Technique", "averages", "check_techniques", "snake_case", "techniques", "trained_with"]
 
 Factor = Literal["steps", "samples", "tokens", "blocks", "weights", "bytes"]
 
@@ -27,25 +43,44 @@ def snake_case(kind: type) -> str:
     """A class's name as flags, metrics and files have it.
 
     Example:
-        >>> snake_case(Technique)
-        'technique'
+        >>> class RandomLTD(Technique): ...
+        >>> snake_case(Technique), snake_case(RandomLTD)
+        ('technique', 'random_ltd')
     """
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:
     """The averages of the module's weights that Lightning's callbacks keep, each a module like it."""
     averaging = WeightAveraging | StochasticWeightAveraging
-    models = [c._average_model for c in trainer.callbacks if isinstance(c, averaging)]  # type: ignore[attr-defined]
+    models = [c._average_model for c in callbacks_of(trainer, Callback) if isinstance(c, averaging)]
     return [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
 
 
 class Technique(Callback):
     """A callback that lowers one factor of a run's cost.
 
-    A subclass names the factor, acts through Lightning's hooks, keeps its state in numbers, strings and tensors, and
-    returns its settings from :meth:`settings`. At the start this class refuses what the technique cannot work with;
-    at resume it refuses other settings than those of the checkpoint, or a technique that was left out.
+    Lightning calls the hooks; a subclass that overrides one calls ``super()`` first. At the start this class refuses
+    what the technique does not work with. At resume it refuses settings other than those of the checkpoint, and a
+    technique that is missing. State is numbers, strings and tensors, so that checkpoints load with
+    ``weights_only=True``.
+
+    Steps of equal cost form a *step kind*: the sizes of the batch, and what each technique reports by
+    :meth:`step_kind`. The clock (:class:`~lit_scale.cost.CostMeter`) keeps one price for each kind.
+
+    Raises:
+        ValueError: In ``setup``, for another strategy than ``strategies``, manual optimization, or a second technique
+            on the same factor; at resume, for settings that differ or a technique that is missing.
+
+    Example:
+        >>> class HalfAtFirst(Technique):
+        ...     factor = "samples"
+        ...     def decide(self, trainer, pl_module):
+        ...         self.share = 0.5 if trainer.global_step < 100 else 1.0
+        ...     def logged(self, trainer):
+        ...         return {"share": self.share}
+        >>> HalfAtFirst().name
+        'half_at_first'
     """
 
     #: The factor of steps x samples x tokens x blocks x weights x bytes that the technique lowers.
@@ -59,41 +94,83 @@ class Technique(Callback):
     #: Strategies it is tested with, and what to write instead of others.
     strategies: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy, DDPStrategy)
 
+    _decided_at: int = -1  # optimizer step of the latest decision
+    _undo: tuple[Callable[[], None], ...] = ()
+
     @property
     def name(self) -> str:
-        """What flags, metrics and files call the technique: ``progressive_stacking``."""
+        """Its name in flags, metrics and files: ``progressive_stacking``."""
         return snake_case(type(self))
+
+    # -- what a subclass says -----------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments that must not change when a run is resumed, as plain values."""
         return {}
 
+    def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle what the next optimizer step does.
+
+        Called before the first micro-batch of each optimizer step, hence never inside an accumulation window, and
+        before the first micro-batch after a resume.
+        """
+
+    def logged(self, trainer: Trainer) -> dict[str, float]:
+        """Values to log, each under ``<name>/<entry>``; asked for only at steps whose logs are written."""
+        return {}
+
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a plain model and a plain Trainer behind: at an exception and in ``teardown``, perhaps twice.
+
+        Not at the end of training, when the clock still replays steps. What has to go by then, a subclass takes away in
+        ``on_train_end``.
+        """
+        self.undo()
+
+    def on_copy(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Copy per-parameter state along with weights that another technique copied, as (source, target) pairs."""
+
+    # -- the clock ----------------------------------------------------------------------------------------------------
+
     def is_plain(self) -> bool:
         """Whether a training step now is exactly the one that a run without the technique makes, at the same price."""
         return False
 
-    def plain_step_kind(self) -> dict[str, Any] | None:
-        """The :meth:`step_kind` of a plain step, for the clock to price where a run makes none; None: it cannot."""
-        return None
-
     def step_kind(self) -> dict[str, Any]:
-        """What, beside the batch, decides the cost of a training step now; the clock keeps one price for each kind."""
+        """What, beside the batch, decides the cost of a training step now: the technique's part of the step kind."""
         return {}
 
+    def plain_step_kind(self) -> dict[str, Any] | None:
+        """The :meth:`step_kind` of a plain step, which the clock prices where a run makes none; None: it cannot."""
+        return None
+
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Bring the model into the state that ``kind`` (an earlier :meth:`step_kind`) was told in."""
+        """Bring the model into a state in which a step is of this kind, as :meth:`step_kind` returned it before."""
 
     def skipped_flops(self) -> int:
-        """FLOPs of the training step at work that only a kernel for sparse matrices would leave out."""
+        """FLOPs of the current training step that only a kernel for sparse matrices would leave out."""
         return 0
 
-    def on_copy(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Let what this technique keeps per parameter follow another one's copies, as (source, target)."""
+    # -- what a subclass uses -----------------------------------------------------------------------------------------
+
+    def undo_later(self, *undo: Callable[[], None]) -> None:
+        """Register functions that change something back; :meth:`undo` calls the latest first, each once."""
+        self._undo = (*self._undo, *undo)
+
+    def undo(self) -> None:
+        """Change back whatever was registered by :meth:`undo_later`."""
+        while self._undo:
+            *rest, latest = self._undo
+            self._undo = tuple(rest)
+            latest()
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before anything is trained, what the technique cannot work with."""
+        """Refuse, before anything is trained, what the technique does not work with."""
         if stage != "fit":
             return
+        self._decided_at = -1
         name = type(self).__name__
         if not isinstance(trainer.strategy, self.strategies) or isinstance(trainer.strategy, _UNTESTED):
             raise ValueError(
@@ -101,16 +178,32 @@ class Technique(Callback):
             )
         if not pl_module.automatic_optimization:
             raise ValueError(f"{name} needs automatic optimization, but {type(pl_module).__name__} turned it off")
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(other, Technique) or other is self:
+        for other in techniques(trainer):
+            if other is self:
                 continue
             if type(other) is type(self):
-                raise ValueError(f"callbacks holds {name} twice; give one of them all the stages")
+                raise ValueError(f"callbacks holds {name} twice; keep one, with the settings of the whole run")
             shared = type(other).__name__ in self.shares_with or name in other.shares_with
             if other.factor == self.factor and not shared:
                 raise ValueError(
                     f"{name} and {type(other).__name__} both change the {self.factor} of a step; use one of them"
                 )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Decide, once per optimizer step; then log, at steps whose logs are written."""
+        if trainer.global_step != self._decided_at:
+            self._decided_at = trainer.global_step
+            self.decide(trainer, pl_module)
+        if writes_logs(trainer) and (values := self.logged(trainer)):
+            pl_module.log_dict({f"{self.name}/{entry}": value for entry, value in values.items()})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach, since Lightning calls no ``teardown`` after an exception."""
+        self.detach(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach."""
+        self.detach(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave the technique's name and settings in the checkpoint."""
@@ -119,6 +212,11 @@ class Technique(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other settings or without a technique that the checkpoint was trained with."""
         check_techniques(trainer, checkpoint)
+
+
+def techniques(trainer: Trainer) -> list[Technique]:
+    """The techniques of a run, in the order of its callbacks."""
+    return callbacks_of(trainer, Technique)
 
 
 def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -134,7 +232,7 @@ def check_techniques(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """
     if trainer.state.fn != "fit":
         return
-    present = {type(t).__name__: t for t in trainer.callbacks if isinstance(t, Technique)}  # type: ignore[attr-defined]
+    present = {type(technique).__name__: technique for technique in techniques(trainer)}
     for name, technique in present.items():
         if not technique.joins_late and name not in trained_with(checkpoint):
             raise ValueError(

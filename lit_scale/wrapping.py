@@ -1,4 +1,4 @@
-"""Methods of one object that several techniques run code around, and give back in whatever order they leave."""
+"""Change one object during a run: wrap a method or replace an attribute, and undo it (wrapped methods in any order)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["wrap"]
+__all__ = ["replace", "wrap"]
 
-#: Called with what it stands around and with the arguments of the call.
+#: Called with the method that it wraps, and with the arguments of the call.
 Around = Callable[..., Any]
 
 
@@ -17,13 +17,13 @@ def wrap(module: Any, name: str, around: Around, *, outermost: bool = False) -> 
 
     Args:
         module: The object; other objects of its class keep their method.
-        name: Of the method.
-        around: Whoever is wrapped later stands further out.
-        outermost: Stand further out than all that are not, whoever comes first. What replaces the batch of a step has
-            to, so that others act on the batch that is trained.
+        name: Name of the method.
+        around: The wrapper. A later wrapper encloses the earlier ones.
+        outermost: Enclose all wrappers that are not ``outermost``, also later ones. Needed by a wrapper that replaces
+            the batch of a step, so that the others act on the batch that is trained.
 
     Returns:
-        What gives the method back.
+        A function that removes the wrapper.
 
     Example:
         >>> class Greeting:
@@ -59,8 +59,41 @@ def wrap(module: Any, name: str, around: Around, *, outermost: bool = False) -> 
     return unwrap
 
 
+def replace(thing: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute, or a submodule, of this one object.
+
+    Args:
+        thing: The object.
+        name: Of the attribute.
+        value: The new one.
+
+    Returns:
+        A function that sets the former one again, or uncovers that of the class. Replacements of one attribute have to
+        be undone latest first.
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.Sequential(nn.ReLU())
+        >>> put_back = replace(layer, "forward", lambda x: x)
+        >>> layer(-1)
+        -1
+        >>> put_back()
+        >>> "forward" in vars(layer)
+        False
+    """
+    own = {**vars(thing).get("_modules", {}), **vars(thing)}
+    setattr(thing, name, value)
+
+    def put_back() -> None:
+        delattr(thing, name)  # first, so that None is a plain attribute again and no submodule
+        if name in own:
+            setattr(thing, name, own[name])
+
+    return put_back
+
+
 def _wrapped(before: Any, method: Callable[..., Any]) -> tuple[Any, list[tuple[bool, Around]]]:
-    """A method with layers around it, the innermost first, and what the object had in its place."""
+    """A method with a list of wrappers, the innermost first; ``before`` is the object's own attribute, if any."""
     layers: list[tuple[bool, Around]] = []
 
     @functools.wraps(method)

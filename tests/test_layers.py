@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"batches", "progress", "restoring", "schedules", "seeds", "wrapping"}
+GROUND = {"batches", "progress", "restoring", "schedules", "seeds", "trainers", "wrapping"}
 
 #: Parts of lit_scale, each with all that it may import. ``cost`` prices optimizers and ``guards`` stands alone, so
 #: neither imports the other, nor anything else on its own level.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
+    "progress": {"trainers"},
     "technique": GROUND,
     "factors": GROUND | {"technique"},
     "guards": set(),

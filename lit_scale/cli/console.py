@@ -1,4 +1,4 @@
-"""What a recipe says: errors in one line, and none of what Lightning says on every run."""
+"""Console output of a recipe: errors in one line, without the messages that Lightning prints on every run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lit_scale.guards import NonFiniteError
 
 __all__ = ["fail", "quiet", "rank", "say"]
 
-_EXPECTED = (ValueError, OSError, ImportError, NonFiniteError, MisconfigurationException)  # input, not our mistakes
+_EXPECTED = (ValueError, OSError, ImportError, NonFiniteError, MisconfigurationException)  # of the input, not bugs
 _NOISE = (
     "GPU available",
     "TPU available",
@@ -31,17 +31,17 @@ _NOISE = (
     "Restor",  # -ing, -ed states from the checkpoint
     "\nDetected KeyboardInterrupt",
     "Initializing distributed",
-    "ProgressiveStacking: ",  # the table of stages tells it
+    "ProgressiveStacking: ",  # shown in the table of stages
     "CostMeter: wrote",
     "-" * 20,
     "distributed_backend",
 )
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _KNOWN_WARNINGS = (
-    "LightningCLI's args parameter",  # which is how recipes are tested
-    r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's, of torch
-    "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
-    ".*does not have many workers",  # the meter tells what waiting for data costs
+    "LightningCLI's args parameter",  # recipes are tested with it
+    r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's use of torch
+    "Checkpoint directory .* exists and is not empty",  # true of every resumed run
+    ".*does not have many workers",  # the meter reports the cost of waiting for data
 )
 
 
@@ -51,7 +51,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what Lightning says on every run; other messages and warnings pass."""
+    """Suppress the messages that Lightning prints on every run; other messages and warnings are shown."""
     handlers = [handler for name in _LOGGERS for handler in logging.getLogger(name).handlers]
     for handler in handlers:
         handler.addFilter(_is_news)
@@ -66,12 +66,12 @@ def quiet() -> Iterator[None]:
 
 
 def fail(error: BaseException, code: int) -> NoReturn:
-    """End the process with one line on stderr, or with the traceback where LIT_SCALE_TRACEBACK is set."""
+    """End the process with one line on stderr, or with the traceback if LIT_SCALE_TRACEBACK is set."""
     if os.environ.get("LIT_SCALE_TRACEBACK"):
         raise error
     text = _one_line(error) or type(error).__name__
     if rank() and re.search(r"[Cc]onnection (closed|reset) by peer", text):
-        raise SystemExit(code) from error  # another rank ended first, and has said why
+        raise SystemExit(code) from error  # another rank ended first, and has printed the cause
     if code == 1 and not isinstance(error, _EXPECTED):
         text = f"{type(error).__name__}: {text} (LIT_SCALE_TRACEBACK=1 shows where)"
     console = Console(stderr=True)
@@ -94,10 +94,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is, however long."""
+    """Print a line without markup, highlighting or wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def rank() -> int:
-    """That of this process; 0 where there is only one."""
+    """Rank of this process; 0 if there is only one."""
     return getattr(rank_zero_only, "rank", 0)

@@ -1,4 +1,4 @@
-"""The flags of a recipe, and what they make: LightningCLI for one model, one data module and its techniques."""
+"""The flags of a recipe and the objects made from them: a LightningCLI for a model, a data module and techniques."""
 
 from __future__ import annotations
 
@@ -39,21 +39,26 @@ _LINKS = (
     ("data.image_size", "model.image_size", "parse"),
     ("data.num_classes", "model.num_classes", "instantiate"),
 )
-_REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning, where the data can tell
+_REFERENCES = ("unigram_entropy", "chance_accuracy")  # baselines without learning, if the data module has them
 _VALIDATIONS = 10  # points on the curve of a run, unless --trainer.val_check_interval says otherwise
-FIRST = "first"  # the run that comes first: its folder, and what its flag says unless another checkpoint is given
+FIRST = "first"  # folder of the preliminary run, and the default of the flag for its checkpoint
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What :func:`run_recipe` was given.
+    """The arguments of :func:`run_recipe`.
 
     Attributes:
-        name: Names the default folder and the record.
+        name: Name of the default folder and of the record.
+        description: One line for ``--help``.
         command: The command line, without the flags.
-        tasks: Names that ``--task`` takes.
-        first: A run without the technique that comes first: the technique's flag for its last checkpoint, and the flags
-            in which it differs.
+        model: Class of the LightningModule.
+        data: Class of the data module.
+        techniques: Classes of the techniques.
+        defaults: Defaults by flag.
+        tasks: Values that ``--task`` accepts.
+        first: A preliminary run without the technique: the technique's flag for its last checkpoint, and the flags in
+            which it differs.
     """
 
     name: str
@@ -68,31 +73,33 @@ class Recipe:
 
     @property
     def side(self) -> str:
-        """What the run that is no baseline is called, and its folder: its technique, or that it has several."""
+        """Name of the run with techniques, and of its folder: the technique's name, or ``all_in_one`` for several."""
         return snake_case(self.techniques[0]) if len(self.techniques) == 1 else "all_in_one"
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI without subcommands, for one model, one data module and one technique or several.
+    """LightningCLI without subcommands, for one model, one data module, and one or more techniques.
 
-    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*`` and each technique's own, named after its class in
-    snake case. What the data decides (seed, length, vocabulary) is linked to the model and is no flag of the model.
-    With ``--compare`` and no ``arm`` it only reads the flags.
+    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*``, and one group per technique, named after its
+    class in snake case.
+    Arguments of the model that follow from the data (length, vocabulary, image size, classes) are linked to the data
+    and are not flags; so is the data's seed to ``--seed_everything``. With ``--compare`` and without ``arm`` it only
+    reads the flags.
 
     Args:
         recipe: The recipe.
         args: The flags.
-        arm: Which of several runs this is: ``"baseline"``, the recipe's ``side``, or ``"first"``.
+        arm: The run to make, of several: ``"baseline"``, the recipe's ``side``, or ``"first"``; None for a single run.
     """
 
     def __init__(self, recipe: Recipe, args: list[str], arm: str | None = None) -> None:
         self.recipe, self.arguments, self.arm = recipe, args, arm
-        self.needs_first = False  # no other checkpoint was given
+        self.needs_first = False  # whether the preliminary run is needed: no other checkpoint was given
         differing = recipe.first[1] if recipe.first and arm == FIRST else {}
         super().__init__(
             recipe.model,
             recipe.data,
-            save_config_callback=None,  # the run's folder gets a config.yaml without a logger as well
+            save_config_callback=None,  # take_folder writes config.yaml instead
             parser_kwargs={
                 "description": recipe.description,
                 "usage": "%(prog)s [--baseline | --compare] [--ckpt_path FILE] [--config FILE] [--GROUP.FLAG VALUE]",
@@ -108,7 +115,7 @@ class RecipeCLI(LightningCLI):
     # -- flags --------------------------------------------------------------------------------------------------------
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """A recipe always has a seed, which data and guards share."""
+        """Add the seed, which the data and the guards share; a recipe always has one."""
         parser.add_argument("--seed_everything", type=int, default=1, help="seed of weights, data and dropout")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -140,7 +147,7 @@ class RecipeCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Read the flags; the recipe's ``max_steps`` gives way to other limits of the run."""
+        """Read the flags. The recipe's ``max_steps`` applies only if no other limit of the run is given."""
         steps = self.recipe.defaults.get("trainer.max_steps", -1)
         parser.set_defaults({"trainer.max_steps": -1})
         asks = ("-h", "--help", "--print_config")
@@ -162,10 +169,10 @@ class RecipeCLI(LightningCLI):
             return
         of_first = self.needs_first and self.arm is None and is_inside(config.ckpt_path, root / FIRST)
         if of_first or (self.arm is not None and not is_inside(config.ckpt_path, root / self.arm)):
-            config.ckpt_path = None  # another run's, which it goes on with
+            config.ckpt_path = None  # it belongs to another run of the comparison, which resumes from it
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from other flags, and see early what cannot work."""
+        """Set flags that follow from others, and refuse early what cannot work."""
         trainer, ckpt_path = self.config.trainer, self.config.ckpt_path
         if trainer.val_check_interval is None and trainer.check_val_every_n_epoch == 1:
             trainer.val_check_interval, trainer.check_val_every_n_epoch = _validation_times(trainer)
@@ -178,7 +185,7 @@ class RecipeCLI(LightningCLI):
         check_writable(trainer.default_root_dir)
 
     def take_folder(self) -> None:
-        """Make the folder this run's, now that it really starts."""
+        """Claim the folder when training starts: move an earlier run aside, and write ``config.yaml``."""
         root, ckpt_path = Path(self.config.trainer.default_root_dir), self.config.ckpt_path
         if ckpt_path is None or not is_inside(ckpt_path, root / "checkpoints"):
             set_aside(root, OF_RUN)
@@ -191,12 +198,12 @@ class RecipeCLI(LightningCLI):
     # -- objects ------------------------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
-        """Make the model, the data, the techniques and the Trainer."""
+        """Create the model, the data, the techniques and the Trainer; nothing with ``--compare``."""
         if not self.config.compare:
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The user's Trainer, with the techniques, the clock and the guards."""
+        """Create the user's Trainer, with the techniques, the cost meter and the guards."""
         config = self._get(self.config_init, "trainer")
         checkpoints, bar = Path(config.default_root_dir, "checkpoints"), Console().is_terminal
         command = [*self.recipe.command, *self.arguments]
@@ -223,7 +230,7 @@ class RecipeCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **bars, **kwargs)
 
     def train(self) -> dict[str, Any]:
-        """Fit, validate where training ended, and return the record."""
+        """Fit, validate unless the last step was validated, test if there is a test set, and return the record."""
         ckpt_path = self.config.ckpt_path
         if ckpt_path is not None:
             _check_checkpoint(self, load_checkpoint(ckpt_path))
@@ -246,7 +253,7 @@ class RecipeCLI(LightningCLI):
 
 
 class _Lines(Callback):
-    """A line for each validation, where there is no terminal for a progress bar."""
+    """Prints a line for each validation, if there is no terminal for a progress bar."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
@@ -258,18 +265,18 @@ class _Lines(Callback):
 
 class _ProgressBar(RichProgressBar):
     def __init__(self) -> None:
-        super().__init__(refresh_rate=10)  # a second
+        super().__init__(refresh_rate=10)  # per second
 
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs or -1
-        return f"Epoch {current_epoch}" + (f"/{epochs - 1}" if epochs > 0 else "")  # not "0/-2" in a run by steps
+        return f"Epoch {current_epoch}" + (f"/{epochs - 1}" if epochs > 0 else "")  # not "0/-2" if steps limit the run
 
 
 # -- small decisions --------------------------------------------------------------------------------------------------
 
 
 def _with_hint(error: ArgumentError, parser: LightningArgumentParser) -> ArgumentError:
-    """Name the flags that resemble an unknown one."""
+    """Add to the message the flags that resemble an unknown one."""
     unknown = re.findall(r"(?:^|\s)(--[^\s=]+)", error.message.partition("unrecognized arguments:")[2])
     options = [option for action in parser._actions for option in action.option_strings]
     near = [match for flag in unknown for match in difflib.get_close_matches(flag, options, n=1, cutoff=0.75)]
@@ -280,7 +287,7 @@ def _with_hint(error: ArgumentError, parser: LightningArgumentParser) -> Argumen
 
 
 def _validation_times(trainer: Any) -> tuple[int | float | str, int | None]:
-    """``val_check_interval`` and ``check_val_every_n_epoch`` for about ten validations, whatever limits the run."""
+    """``val_check_interval`` and ``check_val_every_n_epoch`` for about ten validations, under any limit of the run."""
     if trainer.max_steps > 0:
         return max(1, trainer.max_steps // _VALIDATIONS) * trainer.accumulate_grad_batches, None  # never inside a step
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
@@ -293,7 +300,7 @@ def _validation_times(trainer: Any) -> tuple[int | float | str, int | None]:
 
 
 def _check_checkpoint(cli: RecipeCLI, checkpoint: dict[str, Any]) -> None:
-    """Refuse what Lightning would resume into a mixture of two runs."""
+    """Refuse a checkpoint of another run, from which Lightning would resume a mixture of both."""
     techniques = trained_with(checkpoint)
     for name in (technique.__name__ for technique in cli.recipe.techniques):
         if cli.config.baseline and name in techniques:

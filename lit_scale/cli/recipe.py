@@ -1,4 +1,4 @@
-"""The recipe runner: ``--baseline``, ``--compare`` and ``--ckpt_path``; a table and a plot."""
+"""The recipe runner: one run, a comparison (``--compare``) or a resumed run, each with a table and a plot."""
 
 from __future__ import annotations
 
@@ -36,29 +36,28 @@ def run_recipe(
     first: tuple[str, Mapping[str, Any]] | None = None,
     name: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run a recipe from the command line: train, report, and leave ``result.json`` and ``result.png`` behind.
+    """Run a recipe from the command line: train, report, and write ``result.json`` and ``result.png``.
 
-    Errors are one line on stderr; ``LIT_SCALE_TRACEBACK=1`` in the environment shows where they come from.
+    An error is one line on stderr; ``LIT_SCALE_TRACEBACK=1`` in the environment shows the traceback instead.
 
     Args:
-        model: The LightningModule's class; its arguments become ``--model.*``.
-        data: The data module's class; ``--data.*``.
-        technique: The technique's class; its arguments become a group named after it. Or several.
-        defaults: Defaults that differ from the classes' own, by flag, e.g. ``{"trainer.max_steps": 700}``.
-        tasks: Model, data and defaults that ``--task NAME`` trains instead, into a folder of its own.
-        args: Command line; that of the process by default.
-        first: For a technique that stands on another model: its flag for that model's checkpoint, and the flags in
-            which the run differs that makes it. It is made first, without the technique, into the subfolder ``first``,
-            unless the flag is given.
-        name: Name of the recipe; by default that of the file this is called in.
+        model: Class of the LightningModule; its arguments become flags ``--model.*``.
+        data: Class of the data module; its arguments become ``--data.*``.
+        technique: Class of the technique, or several classes; the arguments of each become a group named after it.
+        defaults: Defaults that differ from those of the classes, by flag, for example ``{"trainer.max_steps": 700}``.
+        tasks: Model, data and defaults of other tasks, by name; ``--task NAME`` trains one, in a separate folder.
+        args: Command line; by default that of the process.
+        first: For a technique that needs a trained model: its flag for that model's checkpoint, and the flags in which
+            the run that trains the model differs. That run comes first, without the technique, in the subfolder
+            ``first``, unless the flag is given.
+        name: Name of the recipe; by default that of the calling file.
 
     Returns:
-        The record of each run, by ``"baseline"`` or the technique's name, ``"all_in_one"`` if there are several;
-        nothing on ranks other than 0.
+        The record of each run, by ``"baseline"`` or the technique's name (``"all_in_one"`` for several); empty on ranks
+        other than 0.
 
     Raises:
-        SystemExit: With code 1 and one line of explanation for what cannot work, 2 for flags that cannot be read, 130
-            or 143 after SIGINT or SIGTERM.
+        SystemExit: With code 1 for an error, 2 for flags that cannot be parsed, 130 or 143 after SIGINT or SIGTERM.
     """
     caller = sys._getframe(1)
     file = caller.f_code.co_filename
@@ -80,7 +79,7 @@ def run_recipe(
         except KeyboardInterrupt as error:
             fail(error, 130)
         except SystemExit as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning leaves with 1
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1
                 fail(error.__context__, 130)
             raise
         except Exception as error:
@@ -88,7 +87,7 @@ def run_recipe(
 
 
 def _asked_task(args: list[str], tasks: Iterable[str]) -> str | None:
-    """The task that the flags name; it decides what other flags there are."""
+    """The task that ``--task`` names, or None; it is parsed first, because the other flags depend on it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--task")
     task = parser.parse_known_args(args)[0].task
@@ -118,7 +117,7 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
             records[arm] = json.loads(finished.read_text())  # done before a later run was interrupted
         else:
             records |= _run_one(RecipeCLI(recipe, args, arm), console)
-    records.pop(FIRST, None)  # the technique's run has it among its charges
+    records.pop(FIRST, None)  # its cost is charged to the technique's run
     if rank() == 0:
         records["baseline"] = priced_alike(*records.values())
         plot_curves(records, root / "comparison.png")
@@ -129,7 +128,7 @@ def _run(recipe: Recipe, args: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
-    """One run, with its report."""
+    """Make one run, and print and plot its report."""
     arm = cli.arm or ("baseline" if cli.config.baseline else cli.recipe.side)
     root = Path(cli.trainer.default_root_dir)
     if cli.trainer.is_global_zero:
@@ -146,8 +145,8 @@ def _run_one(cli: RecipeCLI, console: Console) -> dict[str, dict[str, Any]]:
 
 
 def _python() -> str:
-    """``python`` where that is the interpreter at work, else its path."""
+    """``python`` if that is the current interpreter, else the path of the current one."""
     found = shutil.which("python")
-    # the folder decides: an environment's interpreter is a link to one that does not know its packages
+    # compare folders, not files: an environment's interpreter is a link to one without its packages
     same = found is not None and os.path.samefile(os.path.dirname(found), os.path.dirname(sys.executable))
     return "python" if same else sys.executable

@@ -1,4 +1,4 @@
-"""What a recipe shows of its records: stages, the saving, a comparison, and curves."""
+"""Reports on a recipe's records: the table of stages, the saving, the comparison, and the plot of curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_
 
 
 def amount(value: float) -> str:
-    """A large number with three digits and a prefix.
+    """Format a large number with three digits and an SI prefix.
 
     Example:
         >>> amount(950), amount(1_620_000), amount(2.5e13)
@@ -30,26 +30,26 @@ def amount(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds with at least three digits."""
+    """Format seconds: without decimals from 1,000 on, else one decimal from 1 on, else three."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
 def loss(metrics: dict[str, float]) -> str:
-    """The validation loss, if there is one."""
+    """Format the validation loss; ``-`` if there is none."""
     return f"{metrics[_LOSS]:.3f}" if _LOSS in metrics else "-"
 
 
 def stage_table(record: dict[str, Any], label: str = "") -> Table:
-    """What each stage trained, for how long, and how good the model was when it ended; fits into 80 columns."""
+    """Table of stages: settings, steps, cost, and validation loss at the end of each. It fits into 80 columns."""
     label = label or ("baseline" if record["baseline"] else record["technique"])
     table = Table(title=f"{record['recipe']}: {label}", title_style="bold", show_footer=True, **_NARROW)
     stages = record["stages"]
     names = [name for name in stages[0] if name not in _PRICED and any(stage[name] for stage in stages)]
     bare = [name.rpartition("/")[2] for name in names]
-    for name, short in zip(names, bare, strict=True):  # two techniques may say the same
+    for name, short in zip(names, bare, strict=True):  # two techniques may use the same name
         label = short if bare.count(short) == 1 else name.replace("/", " ")
         table.add_column(label.replace("_", " "), "all" if name == names[0] else "", justify="right", no_wrap=True)
-    told_from = len(names) <= 3  # several techniques at once have more to tell than where each stage begins
+    told_from = len(names) <= 3  # with more columns there is no room for the first step
     counted = "samples" if record["tokens"] == record["samples"] else "tokens"  # an image has one
     for name, total in {
         **({"from step": ""} if told_from else {}),
@@ -74,7 +74,7 @@ def stage_table(record: dict[str, Any], label: str = "") -> Table:
 
 
 def plain_step(record: dict[str, Any]) -> dict[str, float] | None:
-    """What a step without the technique costs: the mean of those that the run made, or what the clock priced apart."""
+    """Cost of a step without the technique: the mean of those in the run, else the price measured separately."""
     made = next((stage for stage in record["stages"] if stage["plain"] and stage["steps"]), None)
     if made is not None:
         return {clock: made[clock] / made["steps"] for clock in ("flops", "reference_seconds")}
@@ -86,23 +86,23 @@ def plain_step(record: dict[str, Any]) -> dict[str, float] | None:
 
 
 def saving_line(record: dict[str, Any]) -> str:
-    """What the technique saved against as many steps of the plain model, and what the loss or the accuracy means."""
+    """Saving over the same number of plain steps, and reference values for the loss and the accuracy."""
     lines = []
     plain = plain_step(record)
     if not record["baseline"] and plain is None:
-        lines.append("no step was the full model's, so there is no saving to tell from this run alone")
+        lines.append("no step was the full model's, so this run alone does not show a saving")
     elif not record["baseline"] and plain is not None:
         full = {clock: record["steps"] * cost for clock, cost in plain.items()}
         saved = {clock: 1 - record[clock] / max(cost, 1e-12) for clock, cost in full.items()}
         lines += [
             f"against {record['steps']:,} steps of the full model: {_change(-saved['flops'])} FLOPs, "
             f"{_change(-saved['reference_seconds'])} reference seconds",
-            "(at equal steps, not equal loss; for that there is benchmarks/savings.py)",
+            "(at equal steps, not equal loss; see python -m lit_scale.cost.compare)",
         ]
     if "sparse_flops" in record:
         lines.append(
             f"a kernel that leaves zeros out would make {amount(record['sparse_flops'])} of the "
-            f"{amount(record['flops'])} FLOPs; none is used, so no time is saved by them"
+            f"{amount(record['flops'])} FLOPs; none is used, so the zeros save no time"
         )
     value, entropy = record["metrics"].get(_LOSS), record.get("unigram_entropy")
     if value is not None and entropy:
@@ -120,15 +120,16 @@ def _change(fraction: float) -> str:
 
 
 def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The baseline with the prices of the technique's run for the steps that both made.
+    """The baseline's record with the prices of the technique's run, for the step kinds that both runs made.
 
-    There the kinds of step were timed in turn. Two runs are timed at different times, of which one may be a slow one.
+    Within one run, the step kinds are timed in turn. Two runs are timed at different times, when the machine may be
+    more or less busy.
     """
 
     def same(kind: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(kind[name] for name in ("phase", "samples", "tokens", "update", "batch"))
 
-    def alike(kind: dict[str, Any]) -> tuple[Any, ...]:  # the same step made from part of a larger batch
+    def alike(kind: dict[str, Any]) -> tuple[Any, ...]:  # the same step on part of a larger batch
         return tuple(kind[name] for name in ("phase", "update", "flops_each"))
 
     plain = [kind for kind in record["step_kinds"] if kind["plain"]]
@@ -151,7 +152,7 @@ def priced_alike(baseline: dict[str, Any], record: dict[str, Any]) -> dict[str, 
 
 
 def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
-    """The runs of a comparison side by side, and how the last differs from the first."""
+    """Table of the runs of a comparison, side by side, and the change from the first to the last."""
     first, last = list(records.values())[0], list(records.values())[-1]
     alike = "steps" if first["steps"] == last["steps"] else "samples"
     what = f"at equal {alike}, not equal loss" if first[alike] == last[alike] else "neither steps nor loss are equal"
@@ -161,7 +162,7 @@ def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     rows = {"steps": "{:,}".format, "tokens": amount, "flops": amount, "reference_seconds": seconds}
     rows |= {"wall_seconds": seconds, "optimizer_state_bytes": amount}
-    if first["hardware"]["gpus"]:  # what a process held on a CPU only grows from run to run
+    if first["hardware"]["gpus"]:  # a process's peak on a CPU includes earlier runs
         rows |= {"peak_memory_bytes": amount}
     for name, form in rows.items():
         change = _change(last[name] / first[name] - 1) if first[name] else ""
@@ -174,8 +175,8 @@ def comparison_table(records: dict[str, dict[str, Any]]) -> Table:
 
 
 def plot_curves(records: dict[str, dict[str, Any]], path: Path) -> None:
-    """Validation loss over reference seconds and over FLOPs, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for a run does not start with a plot
+    """Plot validation loss over reference seconds and over FLOPs, to a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, because most of a run does not need it
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -89,10 +89,13 @@ class Ledger:
         timed = timings[_WARM:] or timings
         step = self.calibrated.get(key) or (statistics.median(timed) if timed else 0.0)
         waits = self.waits.get(key, [])
+        if key not in self.counts:  # a plain step that is only priced would have waited for the same batches
+            batch = dict(key).get("batch")
+            waits = [wait for other, own in self.waits.items() if dict(other).get("batch") == batch for wait in own]
         return step + (statistics.median(waits) if waits else 0.0)
 
     def price(self, counts: Mapping[Key, int], phase: str = "train") -> dict[str, Any]:
-        """Sums over the kinds of step of one phase; overheads not included."""
+        """Sums over the step kinds of one phase; overheads not included."""
         ranks = 1 + len(self._others)
         own = [(key, dict(key), n) for key, n in counts.items() if dict(key)["phase"] == phase]
         return {
@@ -169,8 +172,30 @@ class Ledger:
         self.stages = [stage | {"counts": dict(stage["counts"])} for stage in state_dict["stages"]]
         self._stage = self.stages[-1] if self.stages else {}
 
+    def plain_step(self) -> Key | None:
+        """The kind of the plain step, the most frequent one if the run made several; None if it has no price."""
+        kinds = {**dict.fromkeys(self.calibrated, 0), **self.counts}
+        plain = [key for key in kinds if _is_plain_step(dict(key)) and self.seconds_each(key) > 0]
+        return max(plain, key=lambda key: kinds[key], default=None)
+
+    def in_plain_steps(self) -> dict[str, Any]:
+        """The plain step's price, and the cost of the run in plain steps; without one, why there is none."""
+        key = self.plain_step()
+        if key is None:
+            reason = "the run made no plain step, and its techniques cannot say what one would be"
+            if any(_is_plain_step(dict(key)) for key in self.counts):
+                reason = "the plain step was never timed: the run is too short"
+            nothing = dict.fromkeys(("plain_step_seconds", "plain_step_flops", "cost_in_plain_steps"))
+            return {**nothing, "no_plain_step": reason}
+        seconds = self.seconds_each(key)
+        return {
+            "plain_step_seconds": seconds,
+            "plain_step_flops": self.flops.get(key, 0),
+            "cost_in_plain_steps": self.totals()["reference_seconds"] / seconds,
+        }
+
     def record(self) -> dict[str, Any]:
-        """Totals, curve, stages, kinds of step and charges, priced."""
+        """Totals, curve, stages, step kinds and charges, priced."""
         curve, charges = [], self.charges
         for index, point in enumerate(self.curve):
             cost = _with_charges(self.price(self._all_ranks(dict(point["counts"]), "curve", index)), point["charged"])
@@ -180,8 +205,11 @@ class Ledger:
             skipped = sum(n * self.skipped.get(key, 0) for key, n in counts.items())
             totals["sparse_flops"] = totals["flops"] - skipped
         unmade = {key: 0 for key in self.calibrated if key not in counts}  # a plain step that is only priced
+        trained = [key for key in counts if dict(key)["phase"] == "train"]
         return {
             **totals,
+            **self.in_plain_steps(),
+            "prices": "replay" if trained and all(key in self.calibrated for key in trained) else "run",
             "metrics": self.curve[-1]["metrics"] if self.curve else {},
             "curve": curve,
             "stages": [
@@ -201,6 +229,11 @@ class Ledger:
             },
             "validation": self.price(counts, "validate"),
         }
+
+
+def _is_plain_step(kind: Mapping[str, Any]) -> bool:
+    """Whether a kind is a whole training step without any technique."""
+    return bool(kind["phase"] == "train" and kind["plain"] and kind["update"])
 
 
 def _with_charges(cost: dict[str, Any], charged: tuple[float, int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The clock: what a run costs in FLOPs and in reference seconds, whatever the machine did meanwhile.
 
-    reference seconds = sum over kinds of step (count x calibrated median seconds) + charged overheads
+    reference seconds = sum over step kinds (count x calibrated median seconds) + charged overheads
 
 Steps are told apart by their *kind*: batch sizes, tokens, and whatever the techniques say decides the cost (active
 blocks, frozen blocks...). FLOPs of a kind are counted once, by torch's FlopCounterMode. Its seconds are measured when
@@ -33,12 +33,13 @@ from lit_scale.cost.record import hardware, versions, write_json
 from lit_scale.cost.replay import flops_of, is_compiled, replay_step
 from lit_scale.factors.optimizers import state_bytes
 from lit_scale.restoring import undone
-from lit_scale.technique import Technique, check_techniques
+from lit_scale.technique import Technique, check_techniques, techniques
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["CostMeter", "charge", "charge_run", "resident_peak"]
 
-_SAMPLES = 32  # in-run timings kept per kind of step; after that a step costs a dictionary look-up
-_REPLAYED = 32  # kinds of step that are replayed, the most frequent ones; the others keep their in-run medians
+_SAMPLES = 32  # in-run timings kept per step kind; after that a step costs a dictionary look-up
+_REPLAYED = 32  # step kinds that are replayed, the most frequent ones; the others keep their in-run medians
 
 
 class CostMeter(Callback):
@@ -53,7 +54,16 @@ class CostMeter(Callback):
     the ranks, and reference seconds their mean, which is what the run takes. Resumed, every rank goes on from the
     counts of rank 0.
 
-    The meter is made for few kinds of step, each met often. Batches padded to ever new lengths are new kinds, each
+    Reference seconds of two runs that were made at different hours do not compare: the price of a step is that of its
+    hour. Their costs in *plain steps* do, since all step kinds of a run are timed in turn: ``plain_step_seconds`` is
+    the run's own price of a step without any technique, and ``cost_in_plain_steps`` its reference seconds, charges
+    included, in that unit. The record also holds ``plain_step_flops``, which tell whether two runs have the same plain
+    step. A run without a plain step, whose techniques cannot say what one would be, has None there and the reason in
+    ``no_plain_step``. ``prices`` says whether kinds were timed by replay (``"replay"``) or whether some have the
+    medians of the run's own timings (``"run"``), which other work on the machine can distort. ``python -m
+    lit_scale.cost.compare`` sets the records of several runs side by side.
+
+    The meter is made for few step kinds, each met often. Batches padded to ever new lengths are new kinds, each
     counted and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations.
     While steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
 
@@ -61,12 +71,12 @@ class CostMeter(Callback):
         recipe: Name of the recipe, for the record.
         technique: Name of the technique, for the record; what techniques log as ``their_name/...`` is left out of it.
         baseline: Whether this run is the one without the technique.
-        repeats: Timed rounds over all kinds of step; 0 keeps the in-run medians.
+        repeats: Timed rounds over all step kinds; 0 keeps the in-run medians.
         filename: Name of the result file inside ``trainer.default_root_dir``.
         extra: More entries for the record, e.g. the command.
 
     Raises:
-        ValueError: If ``repeats`` is negative, or a technique stands behind the meter in ``callbacks``.
+        ValueError: If ``repeats`` is negative, or a technique follows the meter in ``callbacks``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -97,7 +107,7 @@ class CostMeter(Callback):
         self._state = 0  # bytes of optimizer state
         self._batches: dict[str, Any] = {}  # one for each shape of batch, for the replay
         self._replaying = False
-        # the step at work
+        # the current step
         self._current: Key | None = None
         self._counting: ExitStack | None = None
         self._timed = False
@@ -105,7 +115,7 @@ class CostMeter(Callback):
         self._aside = 0.0  # seconds charged since then: neither the step's nor its wait
         self._compiles = 0
 
-    # -- kinds of step -------------------------------------------------------------------------------------------------
+    # -- step kinds ---------------------------------------------------------------------------------------------------
 
     def samples_and_tokens(self, batch: Any) -> tuple[int, int]:
         """Samples and tokens of a batch; override for batches whose first tensor is neither ids nor samples.
@@ -122,9 +132,9 @@ class CostMeter(Callback):
     def _key(self, trainer: Trainer, phase: str, batch: Any, update: bool) -> Key:
         samples, tokens = self.samples_and_tokens(batch)
         key: list[tuple[str, Any]] = [("phase", phase), ("samples", samples), ("tokens", tokens), ("update", update)]
-        techniques = _techniques(trainer)
-        key.append(("plain", all(technique.is_plain() for technique in techniques)))
-        for technique in techniques:
+        present = techniques(trainer)
+        key.append(("plain", all(technique.is_plain() for technique in present)))
+        for technique in present:
             key += _named(technique, technique.step_kind()).items()
         return (*key, ("batch", " ".join("x".join(map(str, tensor.shape)) for tensor in tensors(batch))))
 
@@ -132,7 +142,7 @@ class CostMeter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an order of callbacks in which a technique would change the step after it was counted."""
-        order = [c for c in trainer.callbacks if isinstance(c, Technique | CostMeter)]  # type: ignore[attr-defined]
+        order = [c for c in callbacks_of(trainer, Callback) if isinstance(c, Technique | CostMeter)]
         if stage == "fit" and isinstance(order[-1], Technique):
             raise ValueError(f"callbacks: put CostMeter behind {type(order[-1]).__name__}, whose steps it counts")
 
@@ -173,7 +183,7 @@ class CostMeter(Callback):
         after = trainer.state.fn == "validate" and not self._begun
         if trainer.sanity_checking or not self.ledger.counts or not (after or trainer.state.fn == "fit"):
             return
-        hidden = ("train", *(f"{technique.name}/" for technique in _techniques(trainer)))
+        hidden = ("train", *(f"{technique.name}/" for technique in techniques(trainer)))
         logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         metrics = {name: float(value) for name, value in logged.items() if not name.startswith(hidden)}
         clocks = {f"{name}_seconds": seconds for name, seconds in self._elapsed().items()}
@@ -210,7 +220,7 @@ class CostMeter(Callback):
         self._counting.callback(lambda: self.ledger.flops.update({key: int(counter.get_total_flops())}))
 
     def _count_skipped(self, trainer: Trainer, key: Key) -> None:
-        skipped = sum(technique.skipped_flops() for technique in _techniques(trainer))
+        skipped = sum(technique.skipped_flops() for technique in techniques(trainer))
         if skipped and dict(key)["phase"] == "train":
             self.ledger.skipped[key] = skipped
 
@@ -251,7 +261,7 @@ class CostMeter(Callback):
         return self.ledger.totals()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks, price the kinds of step by replay, write the record."""
+        """Stop the clocks, price the step kinds by replay, write the record."""
         self._spent, self._begun = self._elapsed(), {}
         self._peak = max(self._peak, _peak_memory())
         self._state = state_bytes(trainer.optimizers)
@@ -263,21 +273,21 @@ class CostMeter(Callback):
         rank_zero_info(f"CostMeter: wrote {self.write(trainer, pl_module)}")
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        techniques = _techniques(trainer)
+        present = techniques(trainer)
         frequent = sorted(self.ledger.counts, key=lambda key: -self.ledger.counts[key])
         keys = [k for k in frequent if dict(k)["phase"] == "train" and dict(k)["batch"] in self._batches][:_REPLAYED]
-        if (plain := self._plain_key(keys, techniques)) is not None:
+        if (plain := self._plain_key(keys, present)) is not None:
             keys.append(plain)
         times: dict[Key, list[float]] = {key: [] for key in keys}
         self._replaying = True
         try:
-            now = [technique.step_kind() for technique in techniques]
+            now = [technique.step_kind() for technique in present]
             with undone(trainer, pl_module):
                 try:
                     for round_ in range(self.repeats + 1):
                         for key in keys[round_ % len(keys) :] + keys[: round_ % len(keys)]:
                             kind = dict(key)
-                            for technique in techniques:
+                            for technique in present:
                                 technique.impose_step_kind(trainer, pl_module, _own(technique, kind))
                             if key not in self.ledger.flops:
                                 batch = self._batches[kind["batch"]]
@@ -289,7 +299,7 @@ class CostMeter(Callback):
                             if round_:  # the first round warms up
                                 times[key].append(time.perf_counter() - start - self._aside)
                 finally:
-                    for technique, kind in zip(techniques, now, strict=True):
+                    for technique, kind in zip(present, now, strict=True):
                         technique.impose_step_kind(trainer, pl_module, kind)
         except Exception as error:  # a trained model must not be lost to a measurement
             rank_zero_warn(f"CostMeter could not replay a step ({error}); prices are medians of the run's own timings")
@@ -298,7 +308,7 @@ class CostMeter(Callback):
             self._replaying = False
         self.ledger.calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
 
-    def _plain_key(self, keys: list[Key], techniques: list[Technique]) -> Key | None:
+    def _plain_key(self, keys: list[Key], present: list[Technique]) -> Key | None:
         """The plain form of the most frequent step, if the run made no plain step and its techniques have one.
 
         What a technique that has ended does to a batch cannot be undone: such a step is one without it.
@@ -308,7 +318,7 @@ class CostMeter(Callback):
             return None
         ended: dict[str, Any] = {}
         plain: dict[str, Any] = {}
-        for technique in techniques:
+        for technique in present:
             if technique.is_plain():
                 ended |= _named(technique, technique.step_kind())
             elif (kind := technique.plain_step_kind()) is not None:
@@ -349,7 +359,7 @@ class CostMeter(Callback):
         seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "recipe": self.recipe,
-            "technique": self.technique or " + ".join(technique.name for technique in _techniques(trainer)),
+            "technique": self.technique or " + ".join(technique.name for technique in techniques(trainer)),
             "baseline": self.baseline,
             "seed": None if seed is None else int(seed),
             **self.ledger.record(),
@@ -380,7 +390,7 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
     For rare work, such as a growth: what every step does belongs to the step, whose price is calibrated. Time charged
     inside a step is not counted again as the step's.
     """
-    meters = [c for c in trainer.callbacks if isinstance(c, CostMeter)]  # type: ignore[attr-defined]
+    meters = callbacks_of(trainer, CostMeter)
     if meters:
         _synchronize()
     start = time.perf_counter()
@@ -391,7 +401,7 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
 
 
 def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bool:
-    """Charge an earlier run, on which this one stands, to the run's CostMeter: seconds and FLOPs, on all clocks.
+    """Charge an earlier run, which this one builds on, to the run's CostMeter: seconds and FLOPs, on all clocks.
 
     Args:
         trainer: The Trainer, once its CostMeter's state is that of the run it goes on with.
@@ -400,7 +410,7 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
             the first.
 
     Returns:
-        Whether the checkpoint tells what its run has cost, in a form that this version writes.
+        Whether the checkpoint holds the cost of its run, in the format of this version.
     """
     state = checkpoint.get("callbacks", {}).get(CostMeter.__qualname__)
     if state is None or not Ledger.reads(state):
@@ -408,24 +418,20 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
     earlier = Ledger()
     earlier.load_state_dict(state)
     cost = earlier.totals()
-    for meter in (c for c in trainer.callbacks if isinstance(c, CostMeter)):  # type: ignore[attr-defined]
+    for meter in callbacks_of(trainer, CostMeter):
         if what not in meter.ledger.charges:
             meter.ledger.charge(what, cost["reference_seconds"], cost["flops"])
             meter._spent = {name: spent + state["spent"][name] for name, spent in meter._spent.items()}
     return True
 
 
-def _techniques(trainer: Trainer) -> list[Technique]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Technique)]  # type: ignore[attr-defined]
-
-
 def _named(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """A technique's part of a kind of step, told apart from the others': ``token_dropping/kept``."""
+    """A technique's part of a step kind, under its name: ``token_dropping/kept``."""
     return {f"{technique.name}/{name}": value for name, value in kind.items()}
 
 
 def _own(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a kind of step is the technique's, as it said it."""
+    """What of a step kind is the technique's, as it said it."""
     prefix = f"{technique.name}/"
     return {name.removeprefix(prefix): value for name, value in kind.items() if name.startswith(prefix)}
 

@@ -10,14 +10,18 @@ trained to, or is refused by torch's own strict loading; it is never read as som
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-__all__ = ["BlockList", "BlockStack", "block_lists", "find_blocks"]
+from lit_scale.wrapping import replace
+
+__all__ = ["BlockList", "BlockStack", "block_lists", "count_blocks", "find_blocks"]
 
 # Read in torch's "Unexpected key(s)", where a plain network is given the state_dict of a partly active one.
 # Only the first two words are the format; the rest may be worded anew.
@@ -177,7 +181,7 @@ class BlockStack:
         """Copy to all parameters and buffers of a block those of another.
 
         Returns:
-            The pairs (source, target) of parameters, for whoever keeps more state per parameter.
+            The pairs (source, target) of parameters, for those who keep more state per parameter.
         """
         one, other = self.blocks[source], self.blocks[target]
         buffers = dict(one.named_buffers())
@@ -190,9 +194,48 @@ class BlockStack:
                 b.copy_(a)
         return [(a, b) for a, b in pairs if a is not b]  # some models share parameters between their blocks
 
+    def cut(self, index: int) -> Callable[[], None]:
+        """Let no gradient flow from a block down, into the blocks below it and what feeds them.
+
+        Returns:
+            A function that lets it flow again.
+        """
+        block = self.blocks[index]
+        return replace(block, "forward", partial(_cut_forward, block.forward))
+
     def __repr__(self) -> str:
         kind = type(self.blocks[0]).__name__
         return f"BlockStack({self.path}: {len(self.active)} of {len(self)} {kind} active)"
+
+
+def _cut_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Forward of a block through which no gradient flows down."""
+    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+    return forward(*args, **kwargs)
+
+
+def count_blocks(depth: int | float, total: int, what: str = "depth") -> int:
+    """A depth in blocks, given as such (int) or as a fraction of all (float).
+
+    Args:
+        depth: The depth.
+        total: All blocks of the network.
+        what: The argument's name, for the message.
+
+    Raises:
+        ValueError: It is not a whole number of blocks.
+
+    Example:
+        >>> count_blocks(3, total=8), count_blocks(0.25, total=8)
+        (3, 2)
+    """
+    blocks = depth if isinstance(depth, int) else depth * total
+    if abs(blocks - round(blocks)) > 1e-6:
+        raise ValueError(
+            f"{what}: {depth} of {total} blocks is {blocks:g}, not a whole number; "
+            f"give a fraction that divides {total}, or a number of blocks"
+        )
+    return round(blocks)
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Samples: training steps on part of a batch.
 
-Techniques that choose samples ask a module for one method, ``per_sample_loss(batch) -> (B,)``, of which its
-``training_step`` returns the mean.
+A module whose samples can be chosen has one more method, ``per_sample_loss(batch) -> (B,)``, and its ``training_step``
+returns the mean of these losses.
 """
 
 from __future__ import annotations
@@ -44,53 +44,65 @@ that returns them; add one, and let training_step return its mean:
 
 
 class SampleChoice(Technique):
-    """A technique that trains on part of the samples it is given.
+    """A technique that trains on part of each batch.
 
-    A subclass says what a training step does with its batch (:meth:`train`), and, where a loader can be asked ahead, of
-    how many samples it chooses (:meth:`samples`). All ranks take equally many. Random choices are a function of
-    (seed, rank, batch counter).
+    A subclass defines the training step (:meth:`train`). Where the loader takes a plan, the subclass may also request
+    larger batches to choose from (:meth:`samples`). All ranks train on the same number of samples. Random choices are a
+    function of (seed, rank, batch counter).
 
     Raises:
-        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message holds one. With the first batch,
-            where losses are to be weighed and the module's ``training_step`` does not ask for them.
+        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message shows how to write one. With the
+            first batch, if losses have to be weighted and ``training_step`` does not call ``per_sample_loss``.
+
+    Example:
+        >>> from lit_scale.batches import count_samples, take_samples
+        >>> class FirstHalf(SampleChoice):
+        ...     def train(self, trainer, pl_module, step, batch):
+        ...         return step(take_samples(batch, slice(0, count_samples(batch) // 2)))
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(max_steps=1_000, callbacks=[FirstHalf()], accelerator="cpu", logger=False)
     """
 
     factor = "samples"
-    weighs = False  # losses, in some step; so that every step has to ask for them
-    trained = (0, False)  # how many samples the latest step has trained, and whether it has weighed them
-    _loader: Any = None  # one that can be asked ahead
-    _ended = False  # training has; steps are only replayed
-    _weights: Tensor | None = None  # of the samples that are trained right now, (b,)
-    _asked = False  # the training step has asked for their losses
-    _unwrap: tuple[Callable[[], None], ...] = ()
+    weighs = False  # whether some steps weight the losses, so that every step has to call per_sample_loss
+    trained = (0, False)  # samples of the latest training step, and whether their losses were weighted
+    _loader: Any = None  # a loader that takes a plan
+    _ended = False  # training has ended, and steps are only replayed
+    _weights: Tensor | None = None  # of the samples in the current training step, (b,)
+    _asked = False  # whether the training step has called per_sample_loss
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
-        """What the training step returns.
+        """Make the training step, and return what the module's own step returns.
 
         Args:
             trainer: The Trainer.
             pl_module: Its module.
-            step: The module's own step; call it once, with a batch of as many samples on all ranks.
+            step: The module's own step. Call it once, with a batch of equal size on all ranks.
             batch: All samples.
         """
 
     def samples(self, number: int, count: int) -> int:
-        """How many samples the loader takes for a batch, by its number since the run began, in place of ``count``."""
+        """How many samples the loader takes for a batch.
+
+        Args:
+            number: The batch, counted since the run began.
+            count: Samples that the loader takes otherwise.
+        """
         return count
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand around the training step."""
+        """Wrap the training step, and ``per_sample_loss`` to weight its losses."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if not callable(getattr(pl_module, "per_sample_loss", None)):
             raise ValueError(_LESSON.format(technique=type(self).__name__, module=type(pl_module).__name__))
-        self._detach()
+        self.detach(trainer, pl_module)
         self._ended = False
 
         def step(method: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,42 +114,33 @@ class SampleChoice(Technique):
             if self.weighs and output is not None and not self._asked:
                 raise ValueError(
                     f"{type(pl_module).__name__}.training_step did not call self.per_sample_loss(batch), whose losses "
-                    f"{type(self).__name__} has to weigh; let it return self.per_sample_loss(batch).mean()"
+                    f"{type(self).__name__} has to weight; let it return self.per_sample_loss(batch).mean()"
                 )
             return output
 
-        self._unwrap = (
-            wrap(pl_module, "training_step", step, outermost=True),
-            wrap(pl_module, "per_sample_loss", self._weigh),
+        self.undo_later(
+            wrap(pl_module, "training_step", step, outermost=True), wrap(pl_module, "per_sample_loss", self._weigh)
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the loader for more samples, if it can be asked."""
+        """Request other batch sizes from the loader, if it takes a plan."""
         loader: Any = trainer.train_dataloader
         if type(self).samples is not SampleChoice.samples and getattr(loader, "takes_plan", False):
             self._loader, before = loader, loader.plan
             loader.plan = functools.partial(self._plan, before)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the loader as it was; from now on steps are only replayed."""
+        """Remove the plan; from now on steps are only replayed."""
         self._ended = True
         if self._loader is not None:
             self._loader.plan = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave loader and module as they were."""
-        self._detach()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave loader and module as they were."""
-        self._detach()
-
-    def _detach(self) -> None:
-        for unwrap in self._unwrap:
-            unwrap()
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore loader and module."""
+        super().detach(trainer, pl_module)
         if self._loader is not None:
             self._loader.plan = None
-        self._unwrap, self._loader, self._weights = (), None, None
+        self._loader, self._weights = None, None
 
     def _plan(self, before: Plan | None, number: int) -> tuple[int | None, int]:
         size, count = (None, self._loader.batch_size) if before is None else before(number)
@@ -146,21 +149,21 @@ class SampleChoice(Technique):
     # -- what subclasses use ------------------------------------------------------------------------------------------
 
     def number(self, trainer: Trainer) -> int:
-        """The number of the batch at work, since the run began."""
+        """The current batch, counted since the run began."""
         if self._loader is None:
             return trainer.fit_loop.total_batch_idx
         position = self._loader.state_dict()
         return position["epoch"] * position["length"] + position["batches"] - 1
 
     def generator(self, trainer: Trainer, seed: int) -> torch.Generator:
-        """Of this batch's random choices, the same on every device and whenever the run was resumed."""
+        """A generator for this batch's random choices: the same on every device, and after a resume."""
         counter = trainer.fit_loop.total_batch_idx
         return torch.Generator().manual_seed(derive_seed(seed, trainer.global_rank, counter))
 
     def weighted(self, step: Step, batch: Any, weights: Tensor) -> Any:
         """The module's own step, with the losses of its samples multiplied by ``weights`` (b,).
 
-        For a subclass with ``weighs = True``: a module that goes around its losses is refused with the first batch.
+        For a subclass with ``weighs = True``, which refuses a module that computes its loss in another way.
         """
         self._weights = weights
         try:
@@ -181,7 +184,7 @@ class SampleChoice(Technique):
 
 
 def round_share(share: float, count: int) -> int:
-    """A share of so many samples: a whole number, at least one.
+    """The number of samples in a share of ``count`` samples: rounded, at least one.
 
     Example:
         >>> round_share(0.1, 160), round_share(0.1, 3)

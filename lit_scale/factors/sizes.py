@@ -1,8 +1,8 @@
 """Sizes: how large the samples of a batch are, by stages of the run; pixels of a side, or tokens of a sequence.
 
-The size is settled where it saves most. A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that
-makes samples of any size is told the size of every batch ahead, so that reading, collating and moving shrink as well.
-The batches of any other loader are made smaller on the device.
+The size is set where it saves most. A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that makes
+samples of any size gets the size of every batch as a plan, so that reading, collating and moving are cheaper as well.
+Batches of any other loader are made smaller on the device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lit_scale.batches import Plan
 from lit_scale.progress import progress, progress_after
 from lit_scale.schedules import check_starts, stage_at
 from lit_scale.technique import Technique
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["SizeByStages"]
 
@@ -26,7 +27,7 @@ __all__ = ["SizeByStages"]
 class SizeByStages(Technique):
     """A technique that begins with small samples and ends with full ones.
 
-    A subclass says which size a stage has (:meth:`resolve`), how large a batch is (:meth:`size_of`), how to make it
+    A subclass defines which size a stage has (:meth:`resolve`), how large a batch is (:meth:`size_of`), how to make it
     smaller (:meth:`shrink`), and how many samples of a size one of the loader's batches holds (:meth:`samples`).
     Evaluation always sees full size. The size of a batch is a function of its number, so a resumed run meets the same
     ones; in a run limited by ``max_time`` it depends on the clock.
@@ -46,7 +47,7 @@ class SizeByStages(Technique):
         self._starts = [start for start, _ in self.stages]
         self._sizes: list[int] = []  # known once full size is
         self._changes: list[int] = []  # where time limits the run, the batches that began the second and later stages
-        self._asked = -1  # there, the latest batch that a size was asked for
+        self._asked = -1  # in such a run, the latest batch whose size was requested
         self._loader: Any = None
         self._trainer: Trainer | None = None
 
@@ -79,11 +80,11 @@ class SizeByStages(Technique):
         return {"changes": list(self._changes), "asked": self._asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep to the sizes that batches had."""
+        """Restore where stages began."""
         self._changes, self._asked = list(state_dict["changes"]), state_dict["asked"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the loader the sizes, or stand where batches move to the device."""
+        """Give the loader the plan of sizes, or shrink batches as they move to the device."""
         self._trainer = trainer
         loader: Any = trainer.train_dataloader
         if getattr(loader, "takes_plan", False):
@@ -93,21 +94,20 @@ class SizeByStages(Technique):
         else:
             trainer.strategy.batch_to_device = self._move  # type: ignore[method-assign]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log the size."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (trainer.global_step + 1) % every == 0:
-            pl_module.log(f"{self.name}/size", float(self._sizes[self._stage_of(self._number - 1)]))
+    def logged(self, trainer: Trainer) -> dict[str, float]:
+        """The size of the current batch."""
+        return {"size": float(self._sizes[self._stage_of(self._number - 1)])}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave loader and strategy as they were."""
-        self._detach(trainer)
+        """Leave loader and strategy as they were: the batches that the clock replays have their sizes."""
+        self._give_back(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave loader and strategy as they were."""
-        self._detach(trainer)
+    def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave model, loader and strategy as they were."""
+        super().detach(trainer, pl_module)
+        self._give_back(trainer)
 
-    def _detach(self, trainer: Trainer) -> None:
+    def _give_back(self, trainer: Trainer) -> None:
         trainer.strategy.__dict__.pop("batch_to_device", None)
         if self._loader is not None:
             self._loader.plan = self._loader = None
@@ -133,7 +133,7 @@ class SizeByStages(Technique):
         """The stage of a batch, by its number since the run began."""
         trainer = self._trainer
         assert trainer is not None
-        if not any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if not callbacks_of(trainer, Timer):
             return stage_at(progress_after(trainer, number), self._starts)
         if number > self._asked:
             due = stage_at(progress(trainer), self._starts)
@@ -143,7 +143,9 @@ class SizeByStages(Technique):
 
     def _plan(self, before: Plan | None, number: int) -> tuple[int | None, int]:
         size = self._sizes[self._stage_of(number)]
-        usual = self._loader.batch_size if before is None else before(number)[1]  # who chooses samples asks for more
+        usual = (
+            self._loader.batch_size if before is None else before(number)[1]
+        )  # a technique that chooses samples takes more
         full = size == self._sizes[-1]
         return (None, usual) if full else (size, self.samples(size, usual))
 
@@ -166,7 +168,7 @@ class SizeByStages(Technique):
         return {"stages": [list(stage) for stage in self.stages]}
 
     def is_plain(self) -> bool:
-        """The batch at work is of full size."""
+        """The current batch is of full size."""
         return self._stage_of(self._number - 1) == len(self.stages) - 1
 
     def step_kind(self) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
     x -> act(x @ in[rows].T) @ out[:, columns].T
 
-A unit is a set of rows of the matrices that lead into it, and of columns of the one that leads out of it. The network
-is not rebuilt: the linear layers multiply with the rows and columns of the units that are shown, gathered in the
-forward pass, so products are shorter, in backward too, while parameters keep names and shapes and what is left out gets
-a gradient of exactly 0. With a unit's weights at 0 the plain network computes the same function.
+A unit is a set of rows of the matrices that lead into it, and a set of columns of the matrix that leads out of it. The
+network is not rebuilt. Linear layers gather the rows and columns of the shown units in the forward pass, so that the
+matrix products are smaller, in backward too. Parameters keep names and shapes, and weights of hidden units get a
+gradient of exactly 0. With a unit's weights at 0 the plain network computes the same function.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ class UnitGroup:
         self.owner, self.sizes = owner, sizes or {}
         self.active = torch.ones(len(columns), dtype=torch.bool)
         self._shown = [_Shown() for _ in self.ins], _Shown()
-        self._own: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that they had of their own
+        self._attached: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that each was given
 
     @property
     def key(self) -> nn.Parameter:
-        """The parameter by which copies between blocks are told."""
+        """The parameter that identifies the group when blocks are copied."""
         return cast(nn.Parameter, self.out.weight)
 
     # -- computing some of them ---------------------------------------------------------------------------------------
@@ -106,17 +106,26 @@ class UnitGroup:
             *((one, _into, shown) for one, shown in zip(self.ins, into, strict=True)),
             (self.out, _out_of, out_of),
         ]:
-            self._own.append((linear, linear.__dict__.get("forward")))
-            linear.__dict__["forward"] = partial(forward, linear, shown)
+            own = partial(forward, linear, shown)
+            vars(own)["before"] = vars(linear).get("forward")
+            vars(linear)["forward"] = own
+            self._attached.append((linear, own))
 
     def release(self) -> None:
-        """Give the layers their own forward back."""
+        """Give the layers their former forward back, in whatever order groups that share a layer are released."""
         self.show(None)
-        for linear, own in self._own:
-            linear.__dict__.pop("forward", None)
-            if own is not None:
-                linear.__dict__["forward"] = own
-        self._own = []
+        for linear, own in reversed(self._attached):
+            forward: Any = vars(linear).get("forward")
+            if forward is own and own.before is None:
+                del vars(linear)["forward"]
+            elif forward is own:
+                vars(linear)["forward"] = own.before
+            while forward is not None:  # a group that was attached later puts back what this one would have
+                before: Any = vars(forward).get("before") if isinstance(forward, partial) else None
+                if before is own:
+                    vars(forward)["before"] = own.before
+                forward = before
+        self._attached = []
 
     def show(self, units: Tensor | None) -> None:
         """Compute these units (units,) only; None for all."""
@@ -209,7 +218,7 @@ def find_units(stack: BlockStack, kind: UnitKind = "all") -> list[UnitGroup]:
     if not found:
         what = "attention heads" if kind == "heads" else "feed-forward neurons"
         raise ValueError(
-            f"found no {what} to leave out in {stack!r}: neurons stand between two trained nn.Linear, heads in the "
+            f"found no {what} to leave out in {stack!r}: neurons lie between two trained nn.Linear, heads in the "
             "attention of lit_scale, timm or Hugging Face's BERT; use granularity='weight'"
         )
     return _unshared(stack, found)
@@ -242,10 +251,11 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _neurons(path: str, block: nn.Module) -> Iterator[UnitGroup]:
-    """Those of the block's feed-forward layers, told by the order and the widths of its linear layers.
+    """The neurons of a block's feed-forward layers, found by the order and the widths of its linear layers.
 
-    Queries, keys and values may look alike, but are three, or stand beside others; feed-forward layers are one or two,
-    and nothing else of their parent stands between the sublayer before and the layer that leads out of the neurons.
+    Queries, keys and values may have the same widths, but there are three of them, or others beside them. The layers
+    that lead into neurons are one or two, with no other layer of the same parent between the previous sublayer and the
+    layer that leads out.
     """
     attentions = [module for module in block.modules() if _is_attention(module)]
     inside = {id(part) for module in attentions for part in module.modules()}
@@ -274,7 +284,7 @@ def _parent(named: tuple[str, nn.Linear]) -> str:
 
 
 def _goes_on(ups: Sequence[tuple[str, nn.Linear]], rest: Sequence[tuple[str, nn.Linear]]) -> bool:
-    """Whether others like the ups stand behind what leads out, but nothing that leads out of those: LLaMA's gates."""
+    """Whether more layers like the ups follow the down layer, with no down layer of their own: LLaMA's gates."""
     up, down = ups[0], rest[0]
     more = list(takewhile(lambda one: _parent(one) == _parent(up) == _parent(down) and _alike(one, up), rest[1:]))
     return bool(more) and not any(_alike(one, down) for one in rest[len(more) + 1 : len(more) + 2])
@@ -319,7 +329,7 @@ def _heads(path: str, block: nn.Module) -> Iterator[UnitGroup]:
 
 
 def _is_resizable(module: nn.Module) -> bool:
-    """Whether an attention with one matrix for queries, keys and values runs with fewer heads when told so.
+    """Whether an attention with one matrix for queries, keys and values can run with fewer heads.
 
     A class says so by an attribute ``resizable = True``: it has layers ``qkv`` and ``out``, and its forward reads
     ``num_heads`` and ``head_dim``. timm's is known by its class.

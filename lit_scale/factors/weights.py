@@ -10,7 +10,7 @@ and in the optimizer's slots, quantised ones included. Nothing changes shape: a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,16 @@ from torch.optim import Optimizer
 
 from lit_scale.factors.blocks import BlockStack
 
-__all__ = ["Cells", "WeightMasks", "erk_densities", "find_matrices", "pack_bits", "unpack_bits", "zero_slots"]
+__all__ = [
+    "Cells",
+    "WeightMasks",
+    "erk_densities",
+    "highest_cells",
+    "find_matrices",
+    "pack_bits",
+    "unpack_bits",
+    "zero_slots",
+]
 
 
 # -- masks and what must follow them ----------------------------------------------------------------------------------
@@ -49,16 +58,21 @@ class WeightMasks:
         self.masks[parameter] = mask.to(parameter.device)
 
     @torch.no_grad()
-    def zero_weights(self, averages: Iterable[nn.Module] = ()) -> None:
+    def zero_weights(self, averages: Iterable[nn.Module] = (), only: Collection[nn.Parameter] | None = None) -> None:
         """Zero the masked weights here and in averages of the network.
 
         They are set to 0 and not multiplied by it, since an optimizer may have left something there that is not finite.
+
+        Args:
+            averages: Networks like this one.
+            only: The parameters to zero in; None is all that have a mask.
         """
-        for parameter, mask in self.masks.items():
+        masks = {p: mask for p, mask in self.masks.items() if only is None or p in only}
+        for parameter, mask in masks.items():
             parameter.copy_(torch.where(mask, parameter, 0))
         for average in averages:
             others = dict(average.named_parameters())
-            for parameter, mask in self.masks.items():
+            for parameter, mask in masks.items():
                 other = others[self.names[parameter]]
                 other.copy_(torch.where(mask.to(other.device), other, 0))
 
@@ -215,6 +229,28 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
         dense |= {layer for layer in above if raw[layer] == most}
 
 
+def highest_cells(scores: Tensor, count: int, *, in_fours: bool = False) -> Tensor:
+    """The cells with the highest scores, as a mask (cells,).
+
+    Args:
+        scores: Of all cells, (cells,).
+        count: How many; ``in_fours`` it is half of them.
+        in_fours: Take two of each four in a row.
+
+    Example:
+        >>> highest_cells(torch.tensor([1.0, 3.0, 2.0, 0.0]), 1)
+        tensor([False,  True, False, False])
+        >>> highest_cells(torch.tensor([1.0, 3.0, 2.0, 0.0]), 2, in_fours=True)
+        tensor([False,  True,  True, False])
+    """
+    lowest_first = -scores.cpu()
+    if in_fours:
+        chosen = lowest_first.view(-1, 4).argsort(1)[:, :2] + 4 * torch.arange(len(scores) // 4)[:, None]
+    else:
+        chosen = lowest_first.argsort()[:count]
+    return torch.zeros(len(scores), dtype=torch.bool).index_fill(0, chosen.flatten(), True)
+
+
 class Cells:
     """A weight as a matrix of equal cells, each of which is active or not: single weights, or square tiles of them.
 
@@ -254,7 +290,7 @@ class Cells:
 
     @property
     def key(self) -> nn.Parameter:
-        """The parameter by which copies between blocks are told."""
+        """The parameter that identifies the cells when blocks are copied."""
         return self.parameter
 
     def magnitude(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""Guards for any Trainer and any LightningModule: finite updates, exact randomness, preemption, safe files.
+"""Guards for any Trainer and LightningModule: finite updates, reproducible randomness, preemption, safe checkpoints.
 
     Trainer(callbacks=[StepSeed(seed=1), FiniteGuard(), PreemptionGuard()], plugins=[SafeCheckpointIO()])
 
-Each works without the others and without the rest of the package, and none adds anything to a checkpoint.
+Each works without the others and without the rest of the package. None adds anything to a checkpoint.
 """
 
 from lit_scale.guards.checkpoints import (

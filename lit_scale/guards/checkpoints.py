@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent when written, and checked before they are believed when read."""
+"""Safe checkpoint files: written completely or not at all, and verified before they are loaded."""
 
 import contextlib
 import errno
@@ -26,23 +26,24 @@ __all__ = ["CheckpointError", "CheckpointWriteError", "SafeCheckpointIO", "check
 
 
 class CheckpointError(ValueError):
-    """A file that must not be loaded as a checkpoint: damaged, foreign or unsafe."""
+    """A file must not be loaded as a checkpoint: it is damaged, of another kind, or unsafe."""
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint or its folder cannot be written; what was there before is untouched."""
+    """A checkpoint or its folder cannot be written; an earlier file of that name is unchanged."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files that are whole or absent, and are checked before they are believed.
+    """Writes checkpoint files completely or not at all, and verifies them before they are loaded.
 
-    Saving writes beside the target, syncs and renames: a kill or a full disk leaves the file before as it was, and
-    what a kill left behind is swept at the next run's first save. Loading is :func:`load_checkpoint`. Remote targets
-    (``s3://...``) are saved by Lightning's own means. ``load_from_checkpoint`` asks no plugin: check its file first.
+    Saving writes a temporary file in the same folder, syncs it, and renames it. If the process is killed or the disk is
+    full, an earlier file of that name is unchanged; a later run removes the temporary file at its first save. Loading
+    uses :func:`load_checkpoint`. Remote targets (``s3://...``) are saved by Lightning. ``load_from_checkpoint`` does
+    not use plugins: call :func:`load_checkpoint` on its file first.
 
     Raises:
-        CheckpointWriteError: In saving, with path and cause.
-        CheckpointError: In loading, with path, cause and what to load instead.
+        CheckpointWriteError: When saving fails, with path and cause.
+        CheckpointError: When a file must not be loaded, with path, cause and the newest intact checkpoint.
 
     Example:
         >>> trainer = Trainer(plugins=[SafeCheckpointIO()], accelerator="cpu", logger=False)
@@ -81,7 +82,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 temporary.unlink()
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__  # torch covers the system's error with its own
+                cause = cause.__cause__ or cause.__context__  # torch raises its own error from that of the system
             if cause is None:
                 raise
             raise _write_error(target, cause) from error
@@ -89,19 +90,20 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return load_checkpoint(path, map_location)  # whatever was said about weights_only
+        return load_checkpoint(path, map_location)  # weights_only is always True
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a Lightning checkpoint, every record checked by its checksum and no code in it run.
+    """Load a Lightning checkpoint: verify the checksum of every record, and run no code from the file.
 
     Args:
-        path: A local file, or an address that fsspec can read.
+        path: A local file, or a URL that fsspec can read.
         map_location: As in ``torch.load``.
 
     Raises:
-        CheckpointError: With the file, the cause, and the newest intact checkpoint in the same folder.
-        FileNotFoundError: There is no such file.
+        CheckpointError: If the file must not be loaded; the message has the path, the cause, and the newest intact
+            checkpoint in the same folder.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> weights = load_checkpoint(folder / "last.ckpt")["state_dict"]
@@ -127,7 +129,7 @@ def _read(file: IO[bytes], map_location: Any) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-    except Exception as error:  # whatever a reader may stumble over in arbitrary bytes
+    except Exception as error:  # arbitrary bytes can raise exceptions of many types
         if head.startswith(b"PK"):
             raise CheckpointError(f"truncated, or damaged in its index ({error})") from error
         called = ", ".join(_globals(head)[:3])
@@ -140,27 +142,27 @@ def _read(file: IO[bytes], map_location: Any) -> dict[str, Any]:
         raise CheckpointError("a zip archive, but not a checkpoint")
     file.seek(0)
     try:
-        # said outright, weights_only wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD
+        # an explicit weights_only takes precedence over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD
         checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch names the first one it refuses, but not in the spelling of newer pickle protocols
+        # torch names the first global that it refuses, but not if it is stored by a newer pickle protocol
         usual = ("torch.", "collections.")
         names = re.findall(r"GLOBAL (\S+)", str(error)) or [n for n in _globals(pickles[0]) if not n.startswith(usual)]
         raise CheckpointError(
-            f"unsafe: loading would call {', '.join(names[:3]) or 'code'}; refused, nothing was run. If it is your "
-            "own, keep in callback state and hyperparameters only numbers, strings, tensors and plain containers"
+            f"unsafe: loading would call {', '.join(names[:3]) or 'code'}; refused, nothing was run. If the file is "
+            "yours, keep only numbers, strings, tensors and plain containers in callback state and hyperparameters"
         ) from error
     except Exception as error:
         raise CheckpointError(f"torch cannot read it ({error})") from error
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        raise CheckpointError("not a Lightning checkpoint; a bare state_dict goes to load_state_dict")
+        raise CheckpointError("not a Lightning checkpoint; load a bare state_dict with load_state_dict")
     return checkpoint
 
 
 def _globals(data: bytes) -> list[str]:
-    """What a pickle would import, found without running it."""
+    """Names of the globals that a pickle would import, found without running it."""
     found, strings = [], ["", ""]
-    with contextlib.suppress(Exception):  # it may be cut off, or no pickle at all
+    with contextlib.suppress(Exception):  # it may be truncated, or not a pickle
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "GLOBAL":
                 found.append(str(argument).replace(" ", "."))
@@ -181,7 +183,7 @@ def _newest_intact(bad: Path) -> Path | None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what dead processes left: on this machine known by their ids, on others by an hour of silence."""
+    """Remove temporary files whose process has ended (on this machine) or that are older than an hour (on others)."""
     for path in folder.glob(".saving-*-*-*.tmp"):
         with contextlib.suppress(OSError, ValueError):
             host, pid, _ = path.stem.removeprefix(".saving-").rsplit("-", 2)
@@ -189,7 +191,7 @@ def _sweep(folder: Path) -> None:
             if host == socket.gethostname():
                 try:
                     os.kill(int(pid), 0)
-                    dead |= int(pid) == os.getpid()  # an earlier life: ids repeat in restarted containers
+                    dead |= int(pid) == os.getpid()  # an earlier process: ids repeat in restarted containers
                 except ProcessLookupError:
                     dead = True
             if dead:
@@ -207,14 +209,14 @@ def _write_error(path: Path, cause: OSError) -> CheckpointWriteError:
 
 
 def check_writable(folder: str | os.PathLike[str], need: int = 2**20) -> None:
-    """Create a folder and prove that it takes files, before hours of work depend on it.
+    """Create a folder and check that files can be written to it, before a long run depends on it.
 
     Args:
-        folder: A local folder; a remote address is left unchecked.
-        need: Bytes that must be free. Of them at most 1 MiB are written.
+        folder: A local folder; a remote address is not checked.
+        need: Bytes that must be free (default 1 MiB). At most 1 MiB is written as a test.
 
     Raises:
-        CheckpointWriteError: With the folder and the cause.
+        CheckpointWriteError: If writing fails or space is missing; the message has the folder and the cause.
 
     Example:
         >>> check_writable(folder, need=10 * 2**20)

@@ -1,4 +1,4 @@
-"""Finite updates: a run stops before an optimizer step that is not."""
+"""Finite updates: stop a run before an optimizer step with a loss or gradient that is not finite."""
 
 import math
 
@@ -12,19 +12,20 @@ __all__ = ["FiniteGuard", "NonFiniteError"]
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the update that would have used it was not made."""
+    """A loss or a gradient is NaN or infinite; the optimizer step that would have used it was not made."""
 
 
 class FiniteGuard(Callback):
-    """Stops before an optimizer step whose losses or gradients are NaN or infinite, on all ranks together.
+    """Stops all ranks before an optimizer step if a loss or a gradient is NaN or infinite.
 
-    It looks at every loss of the accumulation window and at all gradients, for one device sync a step and, between
-    ranks, one scalar, as long as all is well. Under a GradScaler only losses count: infinite gradients are how it finds
-    its scale. Weights and optimizer state stay those of the step before. Buffers (BatchNorm) have seen the bad batch:
-    resume from a checkpoint of an earlier step, not from one that was saved on the exception.
+    It checks every loss of the accumulation window and all gradients. While all are finite, this costs one device
+    synchronisation per step and, between ranks, the reduction of one scalar. Under a GradScaler only losses are
+    checked, because the scaler finds its scale by infinite gradients. Weights and optimizer state remain those of the
+    previous step. Buffers (BatchNorm) already include the bad batch: resume from a checkpoint of an earlier step, not
+    from one that was saved on the exception.
 
     Raises:
-        NonFiniteError: With step, epoch, batch, the loss or the first parameters, and what to try.
+        NonFiniteError: With step, epoch, batch, the loss or the first parameters, and remedies to try.
 
     Example:
         >>> trainer = Trainer(callbacks=[FiniteGuard()], accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -44,8 +45,8 @@ class FiniteGuard(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             parameters = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
             gradients = [g for g in map(_local_gradient, parameters) if g.numel()]
-        # The 2-norm is fast, and finite only where all gradients are. As that of large but finite ones can overflow,
-        # it is the largest magnitude, which takes twenty times as long on a CPU, that condemns a step.
+        # The 2-norm is fast, and finite only if all gradients are. Because that of large finite gradients can overflow,
+        # the largest magnitude decides in that case. It takes twenty times as long on a CPU.
         for norm in (2.0, math.inf):
             total = torch.nn.utils.get_total_norm(gradients, norm_type=norm)
             probes = [total.to(pl_module.device), *(loss for _, loss in losses)]
@@ -69,7 +70,7 @@ class FiniteGuard(Callback):
 
 
 def _local_gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """The numbers of a gradient that this rank holds: of a DTensor its shard, of a sparse tensor its entries."""
+    """The values of a gradient that this rank holds: the shard of a DTensor, the entries of a sparse tensor."""
     gradient = parameter.grad
     assert gradient is not None
     if hasattr(gradient, "to_local"):

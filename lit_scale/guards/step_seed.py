@@ -1,4 +1,4 @@
-"""Counted randomness: what torch draws is a function of where the run is, so that resuming draws the same."""
+"""Counter-based randomness: torch's random numbers are a function of the position in the run, so resuming is exact."""
 
 import hashlib
 from typing import Any
@@ -10,17 +10,18 @@ __all__ = ["StepSeed"]
 
 
 class StepSeed(Callback):
-    """Makes dropout, and all else that draws from torch's generators, a function of (seed, rank, batch counter).
+    """Makes dropout, and everything else that draws from torch's generators, a function of (seed, rank, batch counter).
 
-    A run resumed on as many ranks draws what the uninterrupted one would have drawn, with nothing saved: the counter
-    is Lightning's own over all epochs, restored from every checkpoint. A validation batch is seeded by its place, so
-    each pass draws the same and none shifts training. It costs microseconds a batch.
+    A run that is resumed on the same number of ranks draws the same numbers as an uninterrupted one. Nothing is saved
+    for this: the counter is Lightning's own over all epochs, which every checkpoint holds. A validation batch is seeded
+    by its index, so every validation draws the same numbers and does not affect training. It costs microseconds per
+    batch.
 
-    Only the CPU generator and that of the current CUDA device are set. Python's and numpy's are not: what draws from
-    them belongs to the data, keyed by (seed, epoch, index). The order of the data is the loader's.
+    Only the CPU generator and that of the current CUDA device are set, not Python's and numpy's. Code that uses those,
+    such as a dataset, should seed by (seed, epoch, index). The order of the data is up to the loader.
 
     Args:
-        seed: Runs with the same seed draw the same numbers.
+        seed: Runs with the same seed draw the same numbers (default 0).
 
     Example:
         >>> trainer = Trainer(callbacks=[StepSeed(seed=1)], accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -36,7 +37,7 @@ class StepSeed(Callback):
         self._set(trainer, f"validation/{place[1:]}")  # batch_idx and dataloader_idx
 
     def _before_transfer(self, trainer: Trainer, *_: Any) -> None:
-        # on_after_batch_transfer, where augmentation on the device is done, comes before on_train_batch_start
+        # on_after_batch_transfer, which may augment on the device, is called before on_train_batch_start
         self._set(trainer, f"transfer/{trainer.fit_loop.total_batch_idx + 1}")
 
     on_train_start = on_train_epoch_start = _before_transfer  # type: ignore[assignment]
@@ -45,6 +46,6 @@ class StepSeed(Callback):
     def _set(self, trainer: Trainer, place: str) -> None:
         digest = hashlib.blake2b(f"{self.seed}/{trainer.global_rank}/{place}".encode(), digest_size=8).digest()
         number = int.from_bytes(digest, "little") >> 1
-        torch.default_generator.manual_seed(number)  # torch.manual_seed asks every backend: a hundred times slower
+        torch.default_generator.manual_seed(number)  # torch.manual_seed seeds every backend, a hundred times slower
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)

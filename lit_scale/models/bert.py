@@ -21,11 +21,11 @@ _RESIDUALS = {"pre": PreNorm, "post": PostNorm}
 
 
 class BertMLM(Scheduled):
-    """Masked-language model: embedding, encoder, and a head that is computed at the masked positions only.
+    """Masked language model: embedding, encoder, and a head that is computed at the masked positions only.
 
     Batches are dicts of ``input_ids`` (B, T), ``positions`` (B, M), the masked positions, and ``labels`` (B, M), the
-    tokens that stood there, as :class:`~lit_scale.datamodules.TextDataModule` makes them. M is the same for all
-    samples, so every step has the same shape and the same cost.
+    original tokens there, as :class:`~lit_scale.datamodules.TextDataModule` makes them. M is the same for all samples,
+    so every step has the same shape and cost. The output layer shares the token embedding's weights.
 
     Args:
         vocab_size: Number of token ids.
@@ -34,18 +34,19 @@ class BertMLM(Scheduled):
         width: Channels of the residual stream (768).
         num_heads: Attention heads (12).
         positions: ``"learned"`` as in BERT, or ``"rotary"`` (Su et al. 2021).
-        norm: ``"pre"`` normalises before each sublayer and needs no care; ``"post"`` after, as BERT did.
-        dropout: Dropout everywhere (0.1 in BERT, 0 where data is seen about once, Geiping and Goldstein 2022).
+        norm: ``"pre"`` normalises before each sublayer, which trains stably; ``"post"`` after it, as in BERT.
+        dropout: Dropout everywhere (0.1 in BERT, 0 if data is seen about once, Geiping and Goldstein 2022).
         init_std: Standard deviation of the initial weights (0.02 in BERT's code).
         optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate.
         weight_decay: Decay of matrices; biases, norms and other vectors have none.
-        beta2: Decay of the second moment, for the optimizers of Adam's kind (0.98 in RoBERTa).
-        warmup: Fraction of the run during which the rate climbs; it then falls along a cosine to 0 at the run's end.
+        beta2: Decay rate of the second moment, for Adam-like optimizers (0.98 in RoBERTa).
+        warmup: Fraction of the run over which the learning rate rises linearly, in [0, 1); a cosine decay to 0 at the
+            end of the run follows.
 
     Raises:
-        ValueError: If ``width`` is no multiple of ``num_heads``, a size is below 1, ``positions`` or ``norm`` unknown,
-            or a sequence longer than ``max_length``.
+        ValueError: If ``width`` is not a multiple of ``num_heads``, a size is below 1, ``warmup`` is out of range,
+            ``positions`` or ``norm`` is unknown, or a sequence is longer than ``max_length``.
 
     Example:
         >>> model = BertMLM(vocab_size=300, max_length=64, depth=2, width=32, num_heads=4)
@@ -102,7 +103,7 @@ class BertMLM(Scheduled):
         self.val_perplexity = Perplexity()
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, M, V) at ``positions`` (B, M) of ``input_ids`` (B, T), or at all positions without them."""
+        """Logits (B, M, V) at ``positions`` (B, M) of ``input_ids`` (B, T); (B, T, V) if ``positions`` is None."""
         x = self.encoder(self.embedding(input_ids), mask)
         if positions is not None:
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, C)

@@ -17,10 +17,10 @@ __all__ = ["GPT"]
 
 
 class GPT(Scheduled):
-    """Causal language model: embedding, causal encoder with norms before each sublayer, and the embedding as head.
+    """Causal language model: embedding, causal pre-norm encoder, and an output layer with the embedding's weights.
 
     Batches are dicts of ``input_ids`` (B, T), as :class:`~lit_scale.datamodules.TextDataModule` with ``mask_rate=0``
-    makes them. Each token but the first is predicted from those before it, so a step runs T - 1 positions.
+    makes them. Each token after the first is predicted from those before it, so a step runs T - 1 positions.
 
     Args:
         vocab_size: Number of token ids.
@@ -29,18 +29,20 @@ class GPT(Scheduled):
         width: Channels of the residual stream (768).
         num_heads: Attention heads (12).
         positions: ``"learned"`` as in GPT-2, or ``"rotary"`` (Su et al. 2021).
-        dropout: Dropout everywhere (0.1 in GPT-2, 0 where data is seen about once).
-        init_std: Standard deviation of the initial weights (0.02); what sublayers add to the stream starts smaller by
-            1 / sqrt(2 depth).
+        dropout: Dropout everywhere (0.1 in GPT-2, 0 if data is seen about once).
+        init_std: Standard deviation of the initial weights (0.02); the last linear map of each sublayer starts smaller
+            by 1 / sqrt(2 depth).
         optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate.
         weight_decay: Decay of matrices; biases, norms and other vectors have none (0.1 in Brown et al. 2020).
-        beta2: Decay of the second moment, for the optimizers of Adam's kind (0.95 in Brown et al. 2020).
-        warmup: Fraction of the run during which the rate climbs; it then falls along a cosine to 0 at the run's end.
+        beta2: Decay rate of the second moment, for Adam-like optimizers (0.95 in Brown et al. 2020).
+        warmup: Fraction of the run over which the learning rate rises linearly, in [0, 1); a cosine decay to 0 at the
+            end of the run follows.
 
     Raises:
-        ValueError: If ``width`` is no multiple of ``num_heads``, a size is below 1, ``positions`` unknown, a sequence
-            longer than ``max_length`` or without a next token, or the text of a batch masked.
+        ValueError: If ``width`` is not a multiple of ``num_heads``, a size is below 1, ``warmup`` is out of range,
+            ``positions`` is unknown, a sequence is longer than ``max_length`` or shorter than 2 tokens, or the text of
+            a batch is masked.
 
     Example:
         >>> import torch
@@ -91,11 +93,11 @@ class GPT(Scheduled):
         self.val_perplexity = Perplexity()
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each position of ``input_ids`` (B, T), from it and those before it."""
+        """Logits (B, T, V) of the token after each position of ``input_ids`` (B, T), given all tokens up to it."""
         return F.linear(self.encoder(self.embedding(input_ids), mask), self.embedding.tokens.weight)
 
     def _predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, T - 1, V) and the tokens (B, T - 1) that they are to predict."""
+        """Logits (B, T - 1, V) and their labels, the next tokens (B, T - 1)."""
         if "input_ids" not in batch:
             raise ValueError(f"the batch has no input_ids, only {', '.join(sorted(batch))}")
         if "positions" in batch:

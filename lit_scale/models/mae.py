@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al. 2022): a ViT that restores the pixels of patches it has not seen."""
+"""Masked autoencoder (He et al. 2022): a ViT that reconstructs the pixels of masked patches."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ def patches_of(images: Tensor, patch_size: int) -> Tensor:
 
 
 class MaskedAutoencoder(Scheduled):
-    """timm's Vision Transformer as encoder, a light decoder of timm's blocks, and the pixels of hidden patches as task.
+    """A Vision Transformer of timm as encoder, a light decoder of timm's blocks, and a loss on the masked pixels.
 
-    Batches are tuples of images (B, 3, S, S), of which all but the first entry is ignored, or the images alone. Each
-    image has its own random mask, drawn from torch's default generator, which
-    :class:`~lit_scale.guards.StepSeed` makes a function of (seed, rank, batch); in validation the mask is a function of
-    the batch's place, the same in every pass. Positions are fixed sines and cosines.
+    A batch is a tensor of images (B, 3, S, S), or a tuple whose first entry is one; other entries are ignored. Each
+    image has its own random mask, drawn from torch's default generator, which :class:`~lit_scale.guards.StepSeed` makes
+    a function of (seed, rank, batch). In validation and test the mask is a function of the batch's index, the same each
+    time. Position embeddings are fixed sines and cosines.
 
-    There is one mask token, and ``encode_masked`` says where it joins: before the encoder, which then runs over all
-    patches, or behind it, so that the encoder runs over the visible ones only. Targets, decoder and parameters are the
-    same. (The paper gives the decoder a token of its own width; here it is the projection of this one.) Where the token
-    joined is kept in the ``state_dict``.
+    There is one mask token. With ``encode_masked`` it replaces the masked patches before the encoder, which then runs
+    over all patches; otherwise it is inserted after the encoder, which runs over the visible patches only. Targets,
+    decoder and parameters are the same in both cases. (In the paper the mask token has the decoder's width; here it is
+    projected to it.) The ``state_dict`` holds ``encode_masked``.
 
     Args:
-        architecture: Name of a Vision Transformer of timm; built without its pre-trained weights.
+        architecture: Name of a Vision Transformer in timm; built without pre-trained weights.
         image_size: Side of the square images, in pixels.
         patch_size: Side of a patch, in pixels.
         depth: Blocks of the encoder; None is the architecture's.
         width: Channels of the encoder; None is the architecture's.
         num_heads: Attention heads of the encoder; None is the architecture's.
-        mask_ratio: Share of the patches that is hidden (0.75, section 3 of the paper).
-        norm_pixels: Whether targets are normalised patch by patch (table 1d).
-        encode_masked: Whether the encoder runs over the hidden patches too, as mask tokens (table 1c);
+        mask_ratio: Share of the patches that is masked (0.75, section 3 of the paper).
+        norm_pixels: Whether targets are normalised per patch (table 1d).
+        encode_masked: Whether the encoder also runs over the masked patches, as mask tokens (table 1c);
             :class:`~lit_scale.callbacks.MaskedTokenSkip` switches it off.
-        decoder_depth: Blocks of the decoder (8, table 1a); 0 leaves a linear head on the encoder, as in SimMIM (Xie et
-            al. 2022, section 3.3), which needs the hidden patches in the encoder.
+        decoder_depth: Blocks of the decoder (8, table 1a); 0 makes a linear head on the encoder, as in SimMIM (Xie et
+            al. 2022, section 3.3), which needs ``encode_masked``.
         decoder_width: Channels of the decoder (512, table 1b).
         decoder_heads: Attention heads of the decoder (16 in the paper's code).
         optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate (1.5e-4 per 256 images, table 8).
         weight_decay: Decay of matrices (0.05, table 8).
-        beta2: Decay of the second moment, for the optimizers of Adam's kind (0.95, table 8).
-        warmup: Fraction of the run during which the rate climbs (40 of 800 epochs, table 8); it then falls along a
-            cosine to 0 at the run's end.
+        beta2: Decay rate of the second moment, for Adam-like optimizers (0.95, table 8).
+        warmup: Fraction of the run over which the learning rate rises linearly (40 of 800 epochs, table 8), in [0, 1);
+            a cosine decay to 0 at the end of the run follows.
 
     Raises:
-        ValueError: If hidden patches are seen by neither encoder nor decoder, ``image_size`` is no multiple of
-            ``patch_size``, ``mask_ratio`` hides none or all of the patches, a width does not divide as its positions
-            and heads need, timm cannot build the architecture or has no plain Vision Transformer of that name, or a
-            batch holds no images of that size.
+        ValueError: If neither encoder nor decoder processes the masked patches, a size is below 1, ``image_size`` is
+            not a multiple of ``patch_size``, ``mask_ratio`` masks none or all of the patches, a width is not a multiple
+            of 4 or of its number of heads, ``warmup`` is out of range, timm cannot build the architecture or it is not
+            a plain Vision Transformer, or a batch holds no images of that size.
 
     Example:
         >>> sizes = {"image_size": 32, "patch_size": 8, "depth": 2, "width": 32, "num_heads": 2}
@@ -140,14 +140,14 @@ class MaskedAutoencoder(Scheduled):
             if part is not None:
                 nn.init.normal_(part, std=0.02)
         for linear in (part for part in self.modules() if isinstance(part, nn.Linear | nn.Conv2d)):
-            nn.init.xavier_uniform_(linear.weight.view(len(linear.weight), -1))  # appendix A.1; the patches' too
+            nn.init.xavier_uniform_(linear.weight.view(len(linear.weight), -1))  # appendix A.1; patch embedding too
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         self.val_loss = MeanMetric()
 
     @property
     def encode_masked(self) -> bool:
-        """Whether the encoder runs over the hidden patches too, as mask tokens."""
+        """Whether the encoder also runs over the masked patches, as mask tokens."""
         return self._encode_masked
 
     @encode_masked.setter
@@ -160,7 +160,7 @@ class MaskedAutoencoder(Scheduled):
         self._encode_masked = value
 
     def _fix_positions(self) -> None:
-        """Fixed positions in timm's own parameter; class and register tokens have none."""
+        """Write fixed position embeddings to timm's parameter; those of class and register tokens are zero."""
         table = self.encoder.pos_embed  # (1, P + N, C)
         with torch.no_grad():
             table.zero_()
@@ -170,16 +170,16 @@ class MaskedAutoencoder(Scheduled):
     # -- the network --------------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, C) of whole images (B, 3, S, S): the mean of the encoder's patches, nothing hidden."""
+        """Features (B, C) of unmasked images (B, 3, S, S): the mean of the encoder's output over the patches."""
         x = self.encoder.forward_features(images)
         return x[:, self.encoder.num_prefix_tokens :].mean(1)
 
     def random_order(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A random order (B, N) of each image's patches; the first ``num_visible`` are seen, the others hidden."""
+        """A random order (B, N) of each image's patches; the first ``num_visible`` are visible, the others masked."""
         return torch.rand(len(images), self.side**2, device=images.device, generator=generator).argsort(1)
 
     def encode(self, images: Tensor, order: Tensor) -> Tensor:
-        """Latents (B, P + n, C): class and register tokens, then patches in ``order``, with or without the hidden."""
+        """Latents (B, P + n, C): P prefix tokens, then patches in ``order``: all if ``encode_masked``, else visible."""
         vit, hidden = self.encoder, order[:, self.num_visible :]
         x = vit.patch_embed(images)  # (B, N, C)
         if self.encode_masked:
@@ -193,7 +193,7 @@ class MaskedAutoencoder(Scheduled):
         return vit.norm(vit.blocks(vit.norm_pre(x)))
 
     def decode(self, latents: Tensor, order: Tensor) -> Tensor:
-        """Pixels (B, N - n, p * p * 3) of the hidden patches, in ``order``."""
+        """Predicted pixels (B, N - num_visible, p * p * 3) of the masked patches, in ``order``."""
         x, prefix = self.to_decoder(latents), self.encoder.num_prefix_tokens
         if not self.encode_masked:
             hidden = order.shape[1] - self.num_visible
@@ -202,7 +202,7 @@ class MaskedAutoencoder(Scheduled):
         return self.to_pixels(self.decoder_norm(x[:, prefix + self.num_visible :]))
 
     def targets(self, images: Tensor, order: Tensor) -> Tensor:
-        """What :meth:`decode` should find: pixels, or their deviation from the patch's mean in its own unit."""
+        """Targets of :meth:`decode`: pixels, with ``norm_pixels`` normalised by mean and deviation of their patch."""
         patches = _take(patches_of(images, self.hparams["patch_size"]), order[:, self.num_visible :])
         if self.hparams["norm_pixels"]:
             variance, mean = torch.var_mean(patches, -1, keepdim=True)
@@ -210,7 +210,7 @@ class MaskedAutoencoder(Scheduled):
         return patches
 
     def per_sample_loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error over the hidden patches of each image: (B,)."""
+        """Mean squared error over the masked patches of each image: (B,)."""
         images = self._images(batch)
         order = self.random_order(images, generator)
         pixels = self.decode(self.encode(images, order), order)
@@ -236,29 +236,29 @@ class MaskedAutoencoder(Scheduled):
         return loss
 
     def evaluation_step(self, batch: Any, batch_idx: int, split: str) -> None:
-        """Loss over the whole split, with masks that are always the same."""
+        """Loss over the whole split, with the same masks each time."""
         place = batch_idx * self.trainer.world_size + self.global_rank
         losses = self.per_sample_loss(batch, torch.Generator(self.device).manual_seed(place))
         self.val_loss.update(losses)
         self.log(f"{split}/loss", self.val_loss, prog_bar=True, batch_size=len(losses))
 
     def get_extra_state(self) -> Tensor:
-        """Where the mask token joined; weights trained one way do not restore pixels the other way."""
+        """The value of ``encode_masked``: weights trained with one value do not reconstruct pixels with the other."""
         return torch.tensor(self.encode_masked)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Let the mask token join where it did."""
+        """Set ``encode_masked`` as in the checkpoint."""
         self.encode_masked = bool(state)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of ``x`` (B, N, C) by their indices (B, n)."""
+    """The tokens of ``x`` (B, N, C) at indices ``order`` (B, n): (B, n, C)."""
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _vision_transformer(architecture: str, sizes: dict[str, Any]) -> Any:
-    """The network of timm, with timm's own names for the sizes."""
-    import timm  # here, for it takes longer to import than all else, and not every run needs it
+    """Build the network; ``sizes`` has timm's names for the sizes."""
+    import timm  # here, because it takes long to import and not every run needs it
     from timm.models import VisionTransformer
 
     try:
@@ -281,7 +281,7 @@ def _blocks(depth: int, width: int, num_heads: int) -> nn.Sequential:
 
 
 def _sines_and_cosines(side: int, width: int) -> Tensor:
-    """Positions (N, C) of a square of patches, half of the channels for each axis (appendix A.1)."""
+    """Position embeddings (N, C) of a square of patches, half of the channels for each axis (appendix A.1)."""
     from timm.layers import build_sincos2d_pos_embed
 
     return build_sincos2d_pos_embed([side, side], width)

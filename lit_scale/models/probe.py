@@ -1,7 +1,7 @@
-"""What a representation is worth (He et al. 2022): accuracy of a linear probe on it, and after fine-tuning.
+"""Quality of a representation (He et al. 2022): accuracy of a linear probe, and accuracy after fine-tuning.
 
-A reconstruction loss compares nothing but autoencoders with the same masks and targets; these two compare what one
-pre-trains for.
+A reconstruction loss can only compare autoencoders with the same masks and targets. These two accuracies measure the
+purpose of pre-training.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lit_scale.cost import CostMeter
 from lit_scale.models.mae import MaskedAutoencoder
 from lit_scale.schedules import warmup_cosine
+from lit_scale.trainers import callbacks_of
 
 __all__ = ["ProbeAtEnd", "fine_tune", "linear_probe"]
 
@@ -27,16 +28,19 @@ __all__ = ["ProbeAtEnd", "fine_tune", "linear_probe"]
 def linear_probe(
     model: MaskedAutoencoder, data: LightningDataModule, *, decay: float = 1e-4, split: Literal["val", "test"] = "val"
 ) -> float:
-    """Accuracy on held-out images of a linear classifier on the frozen, mean-pooled features of the training images.
+    """Held-out accuracy of a linear classifier that is trained on frozen, mean-pooled features.
 
-    Features are brought to mean 0 and variance 1 on the training images (the paper's BatchNorm without weights,
-    appendix A.1); the classifier is the optimum of a convex problem, found by L-BFGS, so it has no seed.
+    Features are standardised to mean 0 and variance 1 over the training images (the paper's BatchNorm without weights,
+    appendix A.1). The classifier is the optimum of a convex problem, found by L-BFGS, so it needs no seed.
 
     Args:
         model: A trained autoencoder, on any device.
-        data: A data module that was set up, with batches (images, labels); one epoch of its training images is used.
-        decay: Half of it times the squared weights is added to the mean cross-entropy.
-        split: Which held-out images.
+        data: A data module after setup, with batches (images, labels); one epoch of its training images is used.
+        decay: L2 penalty: decay / 2 times the sum of squared weights is added to the mean cross-entropy.
+        split: Images to measure the accuracy on: ``"val"`` or ``"test"``.
+
+    Returns:
+        The accuracy, in [0, 1].
     """
     loaders = data.train_dataloader(), data.test_dataloader() if split == "test" else data.val_dataloader()
     (train, labels), (held_out, expected) = (_features(model, loader) for loader in loaders)
@@ -47,7 +51,9 @@ def linear_probe(
 
 
 def solve(features: Tensor, labels: Tensor, *, decay: float, max_iterations: int = 1_000) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression: the weights (K, C) and biases (K,) of least cross-entropy plus decay.
+    """Multinomial logistic regression: weights (K, C) and biases (K,) that minimise cross-entropy plus L2 penalty.
+
+    ``features`` are (N, C), ``labels`` (N,); ``decay`` is as in :func:`linear_probe`.
 
     Example:
         >>> weight, bias = solve(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), decay=0.1)
@@ -83,22 +89,26 @@ def fine_tune(
     warmup: float = 0.05,
     seed: int = 0,
 ) -> float:
-    """Accuracy on the validation images of a classifier that starts as the encoder; the autoencoder stays as it is.
+    """Validation accuracy of a classifier that is fine-tuned from a copy of the encoder.
 
-    All patches are seen, their mean is classified, and everything trains, deeper layers faster (table 9 of the paper).
+    No patch is masked, the mean over the patches is classified, and all weights are trained, with larger learning rates
+    for later layers (table 9 of the paper).
 
     Args:
-        model: A trained autoencoder, on any device.
-        data: A data module that was set up, with batches (images, labels) and an attribute ``num_classes``.
+        model: A trained autoencoder, on any device; it is not changed.
+        data: A data module after setup, with batches (images, labels) and an attribute ``num_classes``.
         steps: Optimizer steps.
-        lr: Peak learning rate; it then falls along a cosine to 0.
+        lr: Peak learning rate, followed by cosine decay to 0.
         weight_decay: Decay of matrices (0.05, table 9).
-        layer_decay: Factor on the rate from each block to the one below (0.75, table 9).
-        warmup: Fraction of the steps during which the rate climbs (5 of 100 epochs, table 9).
-        seed: Of what is drawn meanwhile.
+        layer_decay: Factor on the learning rate from each block to the one before it (0.75, table 9).
+        warmup: Fraction of the steps over which the learning rate rises linearly (5 of 100 epochs, table 9).
+        seed: Seed of torch's random numbers during fine-tuning.
+
+    Returns:
+        The accuracy, in [0, 1].
 
     Raises:
-        ValueError: If ``steps`` is below 1, or the data module does not tell its number of classes.
+        ValueError: If ``steps`` is below 1, or the data module has no ``num_classes``.
     """
     from timm.optim import create_optimizer_v2
 
@@ -116,7 +126,7 @@ def fine_tune(
         optimizer = create_optimizer_v2(
             network, opt="adamw", lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, betas=(0.9, 0.999)
         )
-        rates = [lr * group["lr_scale"] for group in optimizer.param_groups]  # timm leaves the product to schedulers
+        rates = [lr * group["lr_scale"] for group in optimizer.param_groups]  # timm leaves it to its schedulers
         for step, (images, labels) in enumerate(itertools.islice(_endless(data), steps)):
             factor = warmup_cosine((step + 1) / (steps + 1), warmup)  # never quite 0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -149,20 +159,20 @@ def _endless(data: LightningDataModule) -> Iterator[Any]:
 
 
 class ProbeAtEnd(Callback):
-    """Probes and fine-tunes the autoencoder when training has ended, prints both accuracies, and notes them.
+    """Probes and fine-tunes the autoencoder after training, and prints and records the accuracies.
 
-    They go into the :class:`~lit_scale.cost.CostMeter`'s record, whose clock has stopped by then: they are no part of
-    the run's cost, and leave weights and random state alone. With several processes nothing is measured; do it from
-    the checkpoint, by :func:`linear_probe` and :func:`fine_tune`.
+    The accuracies are added to the record of :class:`~lit_scale.cost.CostMeter`. Its clock has stopped by then, so the
+    measurement is not part of the run's cost. Weights and random state are not changed. With several processes nothing
+    is measured; call :func:`linear_probe` and :func:`fine_tune` on the checkpoint instead.
 
     Args:
-        steps: Optimizer steps of fine-tuning; 0 leaves it out.
+        steps: Optimizer steps of fine-tuning; 0 skips it.
         lr: Peak learning rate of fine-tuning.
-        decay: Of the linear probe's weights.
+        decay: L2 penalty of the linear probe.
 
     Raises:
-        ValueError: If ``steps`` is negative, or in ``setup``, if the module is no autoencoder or there is no data
-            module.
+        ValueError: If ``steps`` is negative; in ``setup``, if the module is not a :class:`MaskedAutoencoder` or there
+            is no data module.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -176,14 +186,14 @@ class ProbeAtEnd(Callback):
         self.accuracies: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be probed before anything is trained."""
+        """Refuse, before training, a module that cannot be probed."""
         if not isinstance(pl_module, MaskedAutoencoder):
             raise ValueError(f"ProbeAtEnd probes a MaskedAutoencoder, but this is a {type(pl_module).__name__}")
         if stage == "fit" and trainer.datamodule is None:  # type: ignore[attr-defined]
             raise ValueError("ProbeAtEnd needs labels: give the Trainer a data module, fit(model, datamodule=...)")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, print and note."""
+        """Measure, print and record the accuracies."""
         if trainer.world_size > 1:
             rank_zero_warn("ProbeAtEnd measures in one process only; use linear_probe and fine_tune on the checkpoint")
             return
@@ -197,7 +207,6 @@ class ProbeAtEnd(Callback):
             self.accuracies["fine_tune_accuracy"] = fine_tune(pl_module, data, steps=self.steps, lr=self.lr)
         for name, accuracy in self.accuracies.items():
             print(f"{name.replace('_', ' ')}: {accuracy:.1%}", flush=True)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CostMeter):
-                callback.extra |= self.accuracies
-                callback.write(trainer, pl_module)
+        for meter in callbacks_of(trainer, CostMeter):
+            meter.extra |= self.accuracies
+            meter.write(trainer, pl_module)

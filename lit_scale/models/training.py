@@ -1,4 +1,4 @@
-"""What the models share about training: the optimizer, its schedule, and what a checkpoint may go on with."""
+"""Training code that all models share: optimizer, learning-rate schedule, evaluation, and checks at resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Scheduled", "check_warmup"]
 
 
 def check_warmup(warmup: float) -> None:
-    """Refuse a warm-up that is no fraction of the run.
+    """Refuse a warm-up that is not a fraction of the run.
 
     Example:
         >>> check_warmup(1.5)
@@ -30,10 +30,10 @@ def check_warmup(warmup: float) -> None:
 
 
 class Scheduled(LightningModule):
-    """Mixin: an optimizer by name, and a rate that warms up and then falls to zero over the run's own length.
+    """Base class: an optimizer by name, and a learning rate that warms up and decays to zero at the end of the run.
 
     It reads the hyperparameters ``optimizer``, ``lr``, ``weight_decay``, ``beta2`` and ``warmup``, which the module
-    must have saved by ``save_hyperparameters``.
+    must have saved with ``save_hyperparameters``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -50,12 +50,12 @@ class Scheduled(LightningModule):
     """
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The named optimizer with decay groups; warm-up and cosine decay to zero over the run's own length."""
+        """The named optimizer with decay groups; warm-up, then cosine decay to zero at the end of the run."""
         own = self.hparams
         options: dict[str, Any] = {}
         if "adam" in own["optimizer"] or own["optimizer"] in {"lamb", "lamb8bit", "muon"}:
             options["betas"] = (0.9, own["beta2"])
-        if own["optimizer"] in {"adam", "adamw"}:  # Lightning clips no fused optimizer under mixed precision
+        if own["optimizer"] in {"adam", "adamw"}:  # Lightning cannot clip gradients for a fused one under AMP
             mixed = self._trainer is not None and isinstance(self.trainer.precision_plugin, MixedPrecision)
             options["fused"] = not mixed
         optimizer = create_optimizer(self, own["optimizer"], lr=own["lr"], weight_decay=own["weight_decay"], **options)
@@ -63,7 +63,7 @@ class Scheduled(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def evaluation_step(self, batch: Any, batch_idx: int, split: str) -> None:
-        """Update and log the metrics of a held-out split, as ``val/loss`` or ``test/loss``; a subclass says which."""
+        """Update and log the metrics of a held-out split, such as ``val/loss``; a subclass defines this."""
         raise TypeError(f"{type(self).__name__} does not say how it is evaluated; define evaluation_step")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -71,17 +71,17 @@ class Scheduled(LightningModule):
         self.evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same metrics of the test split, on which nothing is chosen."""
+        """The same metrics of the test split, which is used for reporting only."""
         self.evaluation_step(batch, batch_idx, "test")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on without a technique that the checkpoint was trained with, or with another optimizer."""
+        """Refuse to resume without a technique that the checkpoint was trained with, or with another optimizer."""
         if self._trainer is None:
             return
         check_techniques(self._trainer, checkpoint)
         own = self.hparams["optimizer"]
         saved = checkpoint.get("hyper_parameters", {}).get("optimizer", own)
-        if self._trainer.state.fn == "fit" and saved != own:  # torch's would take the state, and fail at the first step
+        if self._trainer.state.fn == "fit" and saved != own:  # torch would load the state, and fail at the first step
             raise ValueError(
                 f"optimizer={own!r} cannot go on with the state of the checkpoint's {saved!r}; resume with the same "
                 "one, or start a new run"

@@ -1,4 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al., ICLR 2021), or any other image classifier of timm."""
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021), or any other image classifier in timm."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ class ViTClassifier(Scheduled):
     """Image classifier around a network of timm, trained from random weights with cross-entropy.
 
     Batches are pairs of images (B, 3, S, S) and classes (B,), as :class:`~lit_scale.datamodules.ImageDataModule` makes
-    them. Where the network allows it, images may have other sides than ``image_size``: its position embedding is then
-    resized at each step, and the parameters stay as they are.
+    them. If the network allows it, images may be smaller or larger than ``image_size``: the position embedding is then
+    interpolated at each step, and its parameters are unchanged.
 
     Args:
-        architecture: A name of ``timm.list_models()``.
+        architecture: A name from ``timm.list_models()``.
         num_classes: Number of classes.
-        image_size: Side S of the images in pixels; networks that take any size do not ask for it.
-        patch_size: Side of a patch in pixels; None leaves what the architecture has, as for the next three.
+        image_size: Side S of the images in pixels; not passed to networks that take any size.
+        patch_size: Side of a patch in pixels; for this and the next three, None keeps the architecture's value.
         depth: Number of blocks.
         width: Channels of the residual stream.
         num_heads: Attention heads.
-        init_std: Standard deviation of the initial weights of linear maps; None leaves timm's, which for Vision
-            Transformers is 0.02, meant for 768 channels; 0.02 sqrt(768 / width) keeps the scale of what comes out.
+        init_std: Standard deviation of the initial weights of linear maps; None keeps timm's, which for Vision
+            Transformers is 0.02, meant for 768 channels. 0.02 sqrt(768 / width) keeps the scale of their outputs.
         drop_path: Rate at which the last block is skipped for a sample, rising linearly from 0 at the first (Huang et
             al. 2016; 0.1 in DeiT, Touvron et al. 2021).
         label_smoothing: Share of the target spread over all classes in training (0.1 in DeiT).
         optimizer: Any name that :func:`lit_scale.factors.optimizers.create_optimizer` knows.
         lr: Peak learning rate.
         weight_decay: Decay of matrices; biases, norms, position embeddings and other vectors have none (0.05 in DeiT).
-        beta2: Decay of the second moment, for the optimizers of Adam's kind.
-        warmup: Fraction of the run during which the rate climbs; it then falls along a cosine to 0 at the run's end.
+        beta2: Decay rate of the second moment, for Adam-like optimizers.
+        warmup: Fraction of the run over which the learning rate rises linearly, in [0, 1); a cosine decay to 0 at the
+            end of the run follows.
 
     Raises:
-        ValueError: If timm has no such architecture, or it takes no such argument; if a size is below 1,
-            ``image_size`` no multiple of the patch size or ``width`` none of ``num_heads``; or if a batch has a class
-            outside of ``num_classes``.
+        ValueError: If timm does not have the architecture, or it does not accept an argument; if a size is below 1 or a
+            rate out of range; if ``image_size`` is not a multiple of the patch size, or ``width`` not of ``num_heads``;
+            or if a batch is not a pair (images, classes) or has a class outside of ``num_classes``.
 
     Example:
         >>> import torch
@@ -108,7 +109,7 @@ class ViTClassifier(Scheduled):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the network wants no decay for, such as its position embedding; timm's optimizers ask."""
+        """Names of parameters without weight decay, such as the position embedding; `create_optimizer` calls this."""
         ask: Any = getattr(self.net, "no_weight_decay", set)
         return {f"net.{name}" for name in ask()}
 
@@ -140,7 +141,7 @@ class ViTClassifier(Scheduled):
         self.log(f"{split}/accuracy", self.val_accuracy, prog_bar=True)
 
     def _check(self, batch: Any, batch_idx: int) -> None:
-        """Refuse what is no pair, or has other classes; on a device only at first, for looking waits for it."""
+        """Refuse a batch that is not a pair or has other classes; on a GPU only the first, to avoid synchronisation."""
         labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             raise ValueError(
@@ -155,8 +156,8 @@ class ViTClassifier(Scheduled):
 
 
 def _create(architecture: str, num_classes: int, image_size: int, asked: dict[str, Any]) -> nn.Module:
-    """The network of timm, told of the image size as far as it wants to know."""
-    import timm  # here, for text models do without
+    """Build the network; arguments about the image size are left out if the architecture does not accept them."""
+    import timm  # here, because text models do not need it
 
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -164,7 +165,7 @@ def _create(architecture: str, num_classes: int, image_size: int, asked: dict[st
         raise ValueError(f"architecture={architecture!r} is unknown to timm; {hint}")
     options = {name: value for name, value in asked.items() if value is not None}
     offered: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True}
-    while True:  # until all that the network does not ask for is left out
+    while True:  # until every argument that the network does not accept is left out
         try:
             return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **options, **offered)
         except TypeError as error:

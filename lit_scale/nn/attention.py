@@ -13,13 +13,13 @@ class RotaryPositions(nn.Module):
     """Rotary position encoding (Su et al. 2021, equation 34): rotates pairs of channels by position times frequency.
 
     Args:
-        head_width: Channels of one head, even.
+        head_width: Channels of one head; must be even.
         max_length: Longest sequence, in tokens.
-        num_heads: Heads that the tables are written out for; 1 fits any number, but on a CPU takes longer.
-        base: Base of the geometric row of frequencies (10,000 in the paper, section 3.3).
+        num_heads: Heads for which the tables are expanded; 1 broadcasts to any number of heads, but is slower on a CPU.
+        base: Base of the geometric sequence of frequencies (10,000 in the paper, section 3.3).
 
     Raises:
-        ValueError: If ``head_width`` is odd, or a sequence longer than ``max_length``.
+        ValueError: If ``head_width`` is odd, or a sequence is longer than ``max_length``.
 
     Example:
         >>> rotary = RotaryPositions(head_width=8, max_length=16)
@@ -41,10 +41,10 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], -1), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Rotate queries or keys ``x`` (B, T, H, D), which stand at ``positions`` (B, T), else at 0 to T - 1."""
+        """Rotate queries or keys ``x`` (B, T, H, D) by their ``positions`` (B, T), by default 0 to T - 1."""
         length = x.shape[1]
         check_length(length, self.cos.shape[0])
-        cos, sin = self.cos[:, : x.shape[2]], self.sin[:, : x.shape[2]]  # some heads may be left out
+        cos, sin = self.cos[:, : x.shape[2]], self.sin[:, : x.shape[2]]  # some heads may be inactive
         if positions is None:
             cos, sin = cos[:length], sin[:length]  # (T, H, D)
         else:
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         num_heads: Heads; ``width`` must be a multiple.
         dropout: Dropout of the attention weights.
         rotary: Position encoding of queries and keys, if any.
-        causal: Whether a position sees only itself and those before it.
+        causal: Whether a position attends only to itself and earlier positions.
 
     Raises:
         ValueError: If ``width`` is not a multiple of ``num_heads``.
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         torch.Size([2, 10, 32])
     """
 
-    resizable = True  # it runs with fewer heads where num_heads is lowered; see lit_scale.factors.units
+    resizable = True  # it runs with fewer heads if num_heads is lowered; see lit_scale.factors.units
 
     def __init__(
         self,
@@ -95,16 +95,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Attend over ``x`` (B, T, C); ``mask`` is boolean, broadcastable to (B, H, T, T), true where seen.
+        """Attend over ``x`` (B, T, C); ``mask`` is boolean, broadcastable to (B, H, T, T), true to attend.
 
-        ``positions`` (B, T), ascending, are those of the tokens in their sequence, where they are not all of it.
+        If ``x`` holds only some tokens of each sequence, ``positions`` (B, T), ascending, are their positions in it.
         """
         batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.unbind(2)  # each (B, T, H, D); unbound here, their gradients need one copy, not two
+        query, key, value = qkv.unbind(2)  # each (B, T, H, D); unbinding here saves a copy of the gradients
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
-        if self.causal and mask is not None:  # the kernel takes one or the other
+        if self.causal and mask is not None:  # the kernel accepts only one of the two
             mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         x = F.scaled_dot_product_attention(
             query.transpose(1, 2),

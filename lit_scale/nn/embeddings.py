@@ -11,7 +11,7 @@ Positions = Literal["learned", "rotary"]
 
 
 def check_length(length: int, max_length: int) -> None:
-    """Refuse a sequence that has more tokens than there are positions."""
+    """Refuse a sequence with more tokens than ``max_length``."""
     if length > max_length:
         raise ValueError(
             f"a sequence of {length} tokens is longer than max_length={max_length}; cut it, or build the model with "
@@ -20,7 +20,7 @@ def check_length(length: int, max_length: int) -> None:
 
 
 class Embedding(nn.Module):
-    """Token embedding plus, where positions are learned, position embedding (Devlin et al. 2019, section 3).
+    """Token embedding plus, if positions are learned, position embedding (Devlin et al. 2019, section 3).
 
     Args:
         vocab_size: Number of token ids.
@@ -30,7 +30,7 @@ class Embedding(nn.Module):
         dropout: Dropout of the sum.
 
     Raises:
-        ValueError: If ``positions`` is neither of the two, or a sequence longer than ``max_length``.
+        ValueError: If ``positions`` is neither of the two, or a sequence is longer than ``max_length``.
 
     Example:
         >>> Embedding(vocab_size=10, width=8, max_length=4)(torch.tensor([[1, 2, 3]])).shape

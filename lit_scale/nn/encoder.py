@@ -1,4 +1,4 @@
-"""The Transformer encoder: one block, whose residual wiring is a replaceable part, and a stack of them."""
+"""The Transformer encoder: a block with a configurable residual scheme, and a stack of such blocks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,11 +16,13 @@ Initialisation = Callable[[nn.Module, int], None]
 
 
 def normal_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
-    """Weights from N(0, std^2), biases zero, norms the identity (Devlin et al. 2019 and Radford et al. 2019).
+    """Draw weights from N(0, std^2) and set biases to zero (Devlin et al. 2019 and Radford et al. 2019).
+
+    Norms are not touched: torch initialises them as the identity.
 
     Args:
         module: A block, or any part of a model; its whole subtree is initialised.
-        depth: Number of blocks of the stack; this initialisation does not look at it, others do.
+        depth: Number of blocks of the stack; unused here, but part of the signature of initialisations.
         std: Standard deviation (0.02 in the reference code of both papers).
     """
     for part in module.modules():
@@ -31,10 +33,10 @@ def normal_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
 
 
 def residual_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
-    """As :func:`normal_init`, but what sublayers add to the stream is smaller by 1 / sqrt(2 depth).
+    """As :func:`normal_init`, but the last linear map of each sublayer is smaller by 1 / sqrt(2 depth).
 
-    The stream is a sum of two sublayers per block, whose variance so stays that of one (Radford et al. 2019, section
-    2.3).
+    The residual stream is a sum over two sublayers per block. With this factor, the variance of the sum is that of a
+    single sublayer (Radford et al. 2019, section 2.3).
 
     Args:
         module: A block; its whole subtree is initialised.
@@ -55,15 +57,15 @@ def residual_init(module: nn.Module, depth: int, *, std: float = 0.02) -> None:
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention, then feed-forward, each joined to the stream by a residual scheme.
+    """Self-attention, then feed-forward, each added to the residual stream by a residual scheme.
 
     Args:
         width: Channels of the residual stream.
         num_heads: Attention heads.
-        hidden: Channels inside the feed-forward part; ``None`` is four times the width.
+        hidden: Channels inside the feed-forward sublayer; ``None`` is four times the width.
         dropout: Dropout of attention weights and of both sublayers' outputs.
         rotary: Position encoding of queries and keys, if any; shared by all blocks.
-        causal: Whether a position sees only itself and those before it.
+        causal: Whether a position attends only to itself and earlier positions.
         residual: Class of the residual scheme.
 
     Example:
@@ -90,28 +92,29 @@ class EncoderBlock(nn.Module):
         self.feedforward_residual = residual(width, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Map ``x`` (B, T, C) to the same shape; the rest as in :class:`~lit_scale.nn.attention.Attention`."""
+        """Map ``x`` (B, T, C) to the same shape; ``mask`` and ``positions`` as in :meth:`Attention.forward`."""
         x = self.attention_residual(x, partial(self.attention, mask=mask, positions=positions))
         return self.feedforward_residual(x, self.feedforward)
 
 
 class Encoder(nn.Module):
-    """A stack of encoder blocks, of which some may be switched off (:class:`~lit_scale.factors.blocks.BlockList`).
+    """A stack of encoder blocks; some may be inactive (:class:`~lit_scale.factors.blocks.BlockList`).
 
     Args:
         depth: Number of blocks.
         width: Channels of the residual stream.
         num_heads: Attention heads.
-        hidden: Channels inside the feed-forward part; ``None`` is four times the width.
-        max_length: Longest sequence, in tokens; needed for rotary positions only.
-        rotary: Whether queries and keys carry rotary positions.
+        hidden: Channels inside the feed-forward sublayer; ``None`` is four times the width.
+        max_length: Longest sequence, in tokens; used for rotary positions only.
+        rotary: Whether queries and keys have rotary positions.
         dropout: Dropout inside the blocks.
-        causal: Whether a position sees only itself and those before it.
+        causal: Whether a position attends only to itself and earlier positions.
         residual: Class of the residual scheme.
-        init: Called with each block and the depth; replaces the initial weights.
+        init: Function that initialises a block in place, called with each block and the depth.
 
     Raises:
-        ValueError: If ``depth`` is below 1, or ``width`` no multiple of ``num_heads``.
+        ValueError: If ``depth`` is below 1, ``width`` is not a multiple of ``num_heads``, or with ``rotary`` the width
+            of a head is odd.
 
     Example:
         >>> import torch
@@ -156,7 +159,7 @@ class Encoder(nn.Module):
             init(one, depth)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the active blocks over ``x`` (B, T, C)."""
+        """Run the active blocks and the final norm over ``x`` (B, T, C)."""
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)

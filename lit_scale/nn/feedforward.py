@@ -7,7 +7,7 @@ __all__ = ["FeedForward"]
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a GELU between (Devlin et al. 2019, appendix A.2), applied to every position alike.
+    """Two linear maps with a GELU between them (Devlin et al. 2019, appendix A.2), applied to each position.
 
     Args:
         width: Channels of the residual stream.

@@ -1,7 +1,7 @@
-"""Residual schemes: how a sublayer joins the residual stream.
+"""Residual schemes: how the output of a sublayer is added to the residual stream.
 
-A scheme is built once per sublayer from the width, owns whatever parameters it needs, and is called with the stream
-and the sublayer as a function. A new scheme (DeepNorm, Sub-LN, ReZero...) is one more class of this form.
+A scheme is built once per sublayer, from the width and the dropout rate, and owns the parameters that it needs. It is
+called with the stream and with the sublayer as a function. A new scheme (DeepNorm, Sub-LN, ReZero...) is a subclass.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,18 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """Join ``sublayer`` to the stream ``x`` of shape (B, T, C)."""
+        """Add the output of ``sublayer`` to the stream ``x`` (B, T, C), and return the new stream."""
         raise TypeError(
             f"{type(self).__name__} does not say how the sublayer joins the stream; use PreNorm or PostNorm"
         )
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout of the sublayer's output; the identity without it."""
+        """Apply dropout to the sublayer's output, if there is any."""
         return x if self.dropout is None else self.dropout(x)
 
 
 class PreNorm(Residual):
-    """x + f(LN(x)): trains deep stacks without care, the default.
+    """x + f(LN(x)): the default; it trains deep stacks stably.
 
     Example:
         >>> import torch

@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1] / "benchmarks"), str(HERE)]  # scripts, not a package; and what tests share

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import large_batch
+import more_tables
 import pytest
 import tables
 
@@ -19,13 +20,18 @@ TINY = [
 ]
 
 
+def sweep_of(folder):
+    sides = {side: flags for side, (flags, _) in large_batch.SIDES.items()}
+    return large_batch.LargeSweep(large_batch.RECIPE, large_batch.PRESETS["cpu"], sides, folder, None, 1)
+
+
 def test_every_side_is_tuned_beyond_the_ends_of_its_grid(tmp_path):
-    sweep = large_batch.LargeSweep(large_batch.RECIPE, "cpu", large_batch.PRESETS["cpu"], tmp_path, None, 1)
+    sweep = sweep_of(tmp_path)
     best = {"small batch": 1e-3, "AdamW": 8e-3, "LAMB": 5e-3}
     sweep.make_all = lambda runs, what: {
-        run: {"metrics": {"val/loss": abs(math.log(run.lr / best[run.variant]))}} for run in runs
+        run: {"metrics": {"val/loss": abs(math.log(run.lr / best[run.side]))}} for run in runs
     }
-    rates, tried = large_batch.tune(sweep, 10)
+    rates, tried = large_batch.tune(sweep)
     assert rates == best
     for side in best:
         own = sorted(one["lr"] for one in tried if one["side"] == side)
@@ -34,8 +40,8 @@ def test_every_side_is_tuned_beyond_the_ends_of_its_grid(tmp_path):
 
 
 def test_sides_see_equal_samples_and_differ_in_what_they_should(tmp_path):
-    sweep = large_batch.LargeSweep(large_batch.RECIPE, "cpu", large_batch.PRESETS["cpu"], tmp_path, None, 1)
-    flags = {side: sweep.flags(large_batch.Run(False, 320, 0.01, 1, side)) for side in large_batch.SIDES}
+    sweep = sweep_of(tmp_path)
+    flags = {side: sweep.flags(large_batch.Run(side, 320, 0.01, 1)) for side in large_batch.SIDES}
     for own in flags.values():
         assert "--trainer.limit_train_batches=320" in own
         assert "--trainer.max_epochs=1" in own
@@ -52,12 +58,12 @@ def test_a_sweep_runs_and_is_stored(tmp_path, tiny_corpus, monkeypatch):
         large_batch.PRESETS["cpu"],
         flags=[*TINY, f"--data.corpus={tiny_corpus}"],
         lrs=[1e-3],
-        baseline_steps=[16],
+        steps=16,
         times=4,
         jobs=2,
     )
     monkeypatch.setitem(large_batch.PRESETS, "cpu", preset)
-    monkeypatch.setattr(tables, "update_readme", lambda folder: None)
+    monkeypatch.setattr(tables, "update_pages", lambda folder: None)
     command = ["large_batch.py", "--seeds=1", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", command)
     large_batch.main()
@@ -67,5 +73,5 @@ def test_a_sweep_runs_and_is_stored(tmp_path, tiny_corpus, monkeypatch):
         ("AdamW", 4, 64),
         ("LAMB", 4, 64),
     }
-    assert "| LAMB | 16 | 4 |" in tables.large_batch_table(stored)
+    assert "| LAMB | 16 | 4 |" in more_tables.large_batch_table(stored)
     assert str(tmp_path) not in stored["command"]

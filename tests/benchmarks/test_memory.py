@@ -1,8 +1,8 @@
 import json
 
 import memory
+import more_tables
 import pytest
-import tables
 import torch
 
 FLAGS = ["--trainer.accelerator=cpu", "--data.sequence_length=16", "--data.batch_size=4", "--data.max_val_sequences=8"]
@@ -24,10 +24,10 @@ def test_state_time_and_peak_are_told_and_rendered(tmp_path, monkeypatch):
     for row in size["optimizers"]:
         assert 0.25 < row["state_ratio"] == row["state_bytes"] / row["state_bytes_32"] < 0.32
         assert row["step_ratio"]["low"] <= row["step_ratio"]["estimate"] <= row["step_ratio"]["high"]
-    shown = tables.memory_lines([record])
+    shown = more_tables.memory_lines([record])
     assert "`lamb8bit` / `lamb`" in shown
     assert "| 0.75 |" in shown
-    assert "Not measured yet" in tables.memory_lines([])
+    assert "Not measured yet" in more_tables.memory_lines([])
 
 
 @pytest.mark.slow
@@ -42,13 +42,13 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
 @pytest.mark.slow
 def test_loss_parity_is_that_of_the_recipe(tmp_path, tiny_corpus, monkeypatch):
     monkeypatch.setenv("LIT_SCALE_CACHE", str(tmp_path / "cache"))
-    preset = memory.Preset([*FLAGS, f"--data.corpus={tiny_corpus}"], [1e-3], [], [6], [6], jobs=2, threads=1)
+    preset = memory.Preset([*FLAGS, f"--data.corpus={tiny_corpus}"], [1e-3], 6, jobs=2, threads=1)
     monkeypatch.setitem(memory.PARITY, "cpu", preset)
     same = memory.parity("cpu", 2, tmp_path, memory.Console(), None)
     assert len(same["losses"]["8-bit"]) == len(same["losses"]["32-bit"]) == 2
     assert abs(same["difference"]["estimate"]) < 0.1
     assert 0.25 < same["state_ratio"] < 0.35
-    shown = tables.parity_lines({"parity": same})
+    shown = more_tables.parity_lines({"parity": same})
     assert shown.count("\n| ") == 2
     assert "seed by seed: " in shown
     assert "no interval" in shown

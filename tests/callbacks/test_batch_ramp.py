@@ -204,7 +204,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="starts must ascend from 0.0"):
         BatchRamp([(0.1, 4)])
     endless = quiet_trainer(tmp_path, max_epochs=-1, callbacks=[BatchRamp(STAGES)])
-    with pytest.raises(ValueError, match="a run whose length cannot be told; pass max_steps or max_time"):
+    with pytest.raises(ValueError, match="a run whose length is unknown; pass max_steps or max_time"):
         endless.fit(build("plain_torch"), loader("plain_torch"))
     both = [GradientAccumulationScheduler({0: 1}), BatchRamp(STAGES)]
     with pytest.raises(ValueError, match="GradientAccumulationScheduler both set the accumulation"):

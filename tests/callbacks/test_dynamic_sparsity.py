@@ -51,10 +51,10 @@ class Watcher(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == len(self.active):
             return  # gradients are being accumulated
-        self.active.append({part.name: part.active.clone() for part in self.sparsity._parts})
+        self.active.append({part.name: part.active.clone() for part in self.sparsity.parts})
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         others = [dict(average.named_parameters()) for average in averages(trainer)]
-        for part in self.sparsity._parts:
+        for part in self.sparsity.parts:
             for parameter, mask in part.masks():
                 off = ~mask.expand_as(parameter)
                 for kept in (parameter, *(other[names[parameter]] for other in others)):
@@ -71,8 +71,8 @@ class Grown(Callback):
         self.sparsity, self.before, self.grown = sparsity, None, 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        now = {part.name: [(p, mask.expand_as(p).clone()) for p, mask in part.masks()] for part in self.sparsity._parts}
-        for part in self.sparsity._parts if self.before else ():
+        now = {part.name: [(p, mask.expand_as(p).clone()) for p, mask in part.masks()] for part in self.sparsity.parts}
+        for part in self.sparsity.parts if self.before else ():
             for (parameter, mask), (_, old) in zip(now[part.name], self.before[part.name], strict=True):
                 new = mask & ~old
                 self.grown += int(new.sum())
@@ -250,7 +250,7 @@ def test_a_long_run_updates_every_hundred_steps(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_steps=1_000_000)
     assert DynamicSparsity()._steps_between(trainer) == 100
     assert DynamicSparsity(every=0.01)._steps_between(trainer) == 10_000
-    with pytest.raises(ValueError, match=r"every=0\.01: the run's steps cannot be told ahead"):
+    with pytest.raises(ValueError, match=r"every=0\.01: the run's number of steps is unknown"):
         DynamicSparsity(every=0.01)._steps_between(quiet_trainer(tmp_path, max_time="00:01:00:00", max_epochs=-1))
 
 
@@ -288,7 +288,7 @@ def test_masks_are_exact_in_any_network(name: str, kind: str, tmp_path: Path) ->
     assert watcher.checked >= STEPS * DEPTH
     assert grown.grown > 0
     if kind == "2:4":
-        for part in sparsity._parts:
+        for part in sparsity.parts:
             assert (part.active.view(-1, 4).sum(1) == 2).all()
 
 
@@ -316,7 +316,7 @@ def test_weights_that_lightning_averages_are_masked_too(tmp_path: Path) -> None:
 
 
 def check_zeros(module: LightningModule, sparsity: DynamicSparsity) -> None:
-    for part in sparsity._parts:
+    for part in sparsity.parts:
         for parameter, mask in part.masks():
             assert torch.equal(parameter, parameter * mask)
     assert any((p == 0).float().mean() > 0.3 for p in module.parameters())
@@ -337,7 +337,7 @@ class Norms(Callback):
         trainer.optimizers[0].register_step_post_hook(note)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        masks = {p: mask for part in self.sparsity._parts for p, mask in part.masks()}
+        masks = {p: mask for part in self.sparsity.parts for p, mask in part.masks()}
         norms = [(p.grad * masks[p] if p in masks else p.grad).norm() for p in pl_module.parameters()]
         self.sparse.append(torch.stack(norms).norm().item())
 
@@ -500,7 +500,7 @@ def test_flops_of_single_weights_are_reported_apart(name: str, kind: str, tmp_pa
     tokens, left_out = 4 * {"timm_vit": 5}.get(name, LENGTH), 0  # four patches and a class token
     for step in range(STEPS):
         products = 2 if step in (2, 4) and "SET" not in kind else 3  # a dense gradient of the weights, where some grow
-        for part in sparsity._parts:
+        for part in sparsity.parts:
             left_out += products * 2 * tokens * int((~part.masks()[0][1]).sum())
     assert record["flops"] - record["sparse_flops"] == left_out
 
@@ -511,7 +511,7 @@ def test_the_noise_scale_is_that_of_the_sparse_network_in_any_order(kind: str, t
         """Before anybody else, the squared norm of the step's gradient, of what is active alone too."""
 
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-            masks = dict(pair for part in sparsity._parts for pair in part.masks())
+            masks = dict(pair for part in sparsity.parts for pair in part.masks())
             gradients = [(p.grad, masks.get(p, torch.tensor(True))) for p in pl_module.parameters()]
             whole.append(sum(g.square().sum() for g, _ in gradients).item())
             active.append(sum((g * mask).square().sum() for g, mask in gradients).item())
@@ -534,7 +534,7 @@ def test_samples_that_are_only_scored_have_no_backward_pass_to_leave_out(tmp_pat
     sparsity, meter = sparse("weight, SET", density=0.2, drop=0.0), CostMeter(repeats=0)
     choosing = ImportanceSampling(threshold=0.0, look_every=1)
     train("timm_vit", tmp_path, sparsity, meter, before=[choosing])
-    inactive = sum(int((~part.active).sum()) for part in sparsity._parts)
+    inactive = sum(int((~part.active).sum()) for part in sparsity.parts)
     tokens, met = 5, {}  # four patches and a class token
     for key, skipped in meter.ledger.skipped.items():
         shape = dict(key)

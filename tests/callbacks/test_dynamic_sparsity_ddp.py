@@ -41,10 +41,10 @@ class Masks(Callback):
         if trainer.global_step == self.step:
             return  # gradients are being accumulated
         self.step = trainer.global_step
-        for part in self.sparsity._parts:
+        for part in self.sparsity.parts:
             for parameter, mask in part.masks():
                 assert not parameter[~mask.expand_as(parameter)].any()
-        self.masks.append(torch.cat([part.active for part in self.sparsity._parts]))
+        self.masks.append(torch.cat([part.active for part in self.sparsity.parts]))
 
 
 def train(case: str, folder: Path, phase: str, resume: Path | None) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def test_with_a_choice_of_its_own_each_rank_drifts_away(tmp_path: Path) -> None:
 class OnItsOwn(DynamicSparsity):
     """Each rank draws its own masks."""
 
-    def _generator(self, *args: Any) -> torch.Generator:
+    def generator(self, *args: Any) -> torch.Generator:
         self.seed = dist.get_rank()
-        return super()._generator(*args)
+        return super().generator(*args)
 
 
 CASES: dict[str, dict[str, Any]] = {

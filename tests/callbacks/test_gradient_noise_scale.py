@@ -117,7 +117,7 @@ def test_the_verdict_follows_the_papers_trade_off(batch: int) -> None:
     )
     assert f"about 16 samples and this run's {batch}, so a larger batch {expected} more samples" in noise.verdict(batch)
     noise.signal = torch.tensor(-1.0)
-    assert "nothing can be told yet" in noise.verdict(batch)
+    assert "nothing is known yet" in noise.verdict(batch)
 
 
 def watched(root: Path, *callbacks: Callback, resume: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -222,7 +222,9 @@ def test_a_step_that_the_epoch_cuts_short_is_left_out(tmp_path: Path) -> None:
 def test_one_gradient_a_step_tells_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise = GradientNoiseScale()
     trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[noise])
-    with pytest.warns(UserWarning, match="sees one gradient a step and can tell nothing; pass accumulate_grad_batches"):
+    with pytest.warns(
+        UserWarning, match="sees one gradient a step and can estimate nothing; pass accumulate_grad_batches"
+    ):
         trainer.fit(Quadratic(), samples(20))
     assert noise._weight == 0.0
     assert capsys.readouterr().out == ""

@@ -16,16 +16,17 @@ from lit_scale.callbacks import (
     ProgressiveStacking,
     ResolutionGrowing,
     SequenceLengthWarmup,
-    TokenDropping,
     importance_sampling,
 )
 from lit_scale.callbacks.importance_sampling import draw, variance_ratio
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
 from lit_scale.factors.scores import output_gradients
+from lit_scale.factors.token_choice import TokenChoice
 from tests.support.data import loader, sized_loader
 from tests.support.equality import assert_same
 from tests.support.networks import FOREIGN, OPTIMIZERS, PlainTorch, build, image_model, tiny_bert
+from tests.support.token_runs import KINDS, make
 from tests.support.training import Ran, quiet_trainer, run, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -295,12 +296,12 @@ def test_text_is_planned_across_the_ends_of_epochs_and_along_with_lengths(tiny_c
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("dropping", [{"drop": "easy", "special_ids": [0]}, {"drop": "masked"}, {"drop": "random"}])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_dropped_from_the_samples_that_are_trained(
-    dropping: dict[str, Any], order: int, tmp_path: Path
+    kind: type[TokenChoice], order: int, tmp_path: Path
 ) -> None:
     def both(*saving: Callback, resume: Path | None = None) -> Ran:
-        tokens = [TokenDropping(**dropping)]
+        tokens = [make(kind)]
         before, after = (tokens, saving) if order == 1 else ([], [*tokens, *saving])
         module, data = tiny_bert(seed=1 if resume else 0), loader("bert", size=48, batch_size=6)
         return choose(module, data, tmp_path, *before, after=after, resume=resume)

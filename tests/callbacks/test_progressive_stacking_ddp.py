@@ -145,8 +145,8 @@ class WithoutWrapping(ProgressiveStacking):
     def _share_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         first = not self._paused
         self._resume_parameters()
-        for index, block in enumerate(self._stack.blocks):
-            if index not in self._stack.active:
+        for index, block in enumerate(self.stack.blocks):
+            if index not in self.stack.active:
                 self._paused += list(block.parameters())
         for parameter in self._paused:
             parameter.requires_grad_(False)

@@ -124,9 +124,7 @@ def test_a_share_of_the_training_images_has_a_wrong_class(build: Build) -> None:
     digits.setup()
     true = digits.train_set.source.labels[digits.train_set.rows]
     away = (digits.train_set.labels - true) % 10
-    counts = np.bincount(away[away > 0], minlength=10)[
-        1:
-    ]  # all other classes alike: nine cells, 1% quantile of chi2
+    counts = np.bincount(away[away > 0], minlength=10)[1:]  # all other classes alike: nine cells, 1% quantile of chi2
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 20.1
     assert len(away[away > 0]) / len(away) == pytest.approx(0.2, abs=0.02)
     with pytest.raises(ValueError, match=r"label_noise=1.0: must lie in \[0, 1\), such as 0.1"):

@@ -1,3 +1,5 @@
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -5,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lit_scale.factors.blocks import find_blocks
 from lit_scale.factors.units import UnitGroup, find_units
@@ -403,14 +406,24 @@ def test_neurons_of_hugging_face_t5() -> None:
     torch.testing.assert_close(reduced, network(input_ids=ids).last_hidden_state)
 
 
-def test_groups_that_share_a_layer_are_released_in_any_order() -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["the class's forward", "a forward of its own"])
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_groups_that_share_a_layer_are_released_in_any_order(order: tuple[str, ...], own: bool) -> None:
     up, down = nn.Linear(2, 3), nn.Linear(3, 2)
+    if own:
+        up.forward = functools.partial(F.linear, weight=up.weight)
+    before = [vars(layer).get("forward") for layer in (up, down)]
     each = torch.arange(3)[:, None]
-    groups = [UnitGroup(name, "neurons", [up], down, [each], each) for name in "ab"]
-    for group in groups:
+    groups = {name: UnitGroup(name, "neurons", [up], down, [each], each) for name in "abc"}
+    for group in groups.values():
         group.attach()
-    for group in groups:
-        group.release()
+        group.show(torch.tensor([True, False, True]))
+    for name in order:
+        groups[name].release()
+        left = vars(up).get("forward") is not before[0]
+        assert left == (name != order[-1])
+    assert [vars(layer).get("forward") for layer in (up, down)] == before
+    assert up(torch.ones(1, 2)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", ["u", "d"])

@@ -58,7 +58,7 @@ def test_it_acts_resumes_and_leaves_the_network_as_it_was(case: Case, place: str
     assert_same(left(whole), left(rest))
     assert again.losses == watch.losses[-len(again.losses) :] != watch.losses
     module: Any = whole.lightning_module
-    assert wrapped(module) == wrapped(plain.lightning_module)
+    assert (wrapped(module) == wrapped(plain.lightning_module)) is not bool(case.lasting)
     assert vars(whole.strategy).keys() == vars(plain.strategy).keys()
 
 

@@ -27,8 +27,10 @@ from lit_scale.callbacks import (
     ImportanceSampling,
     LargeBatch,
     MaskedTokenSkip,
+    MaskLater,
     PatchDropping,
     ProgressiveStacking,
+    RandomLTD,
     ResolutionGrowing,
     RhoLoss,
     SelectiveBackprop,
@@ -38,6 +40,7 @@ from lit_scale.callbacks import (
 from lit_scale.technique import Technique
 from tests.support.data import loader, pictures, sized_loader
 from tests.support.networks import build, image_model, tiny_mae, viewer
+from tests.support.token_runs import made
 from tests.support.training import Watch, fit, save_every_step
 
 STEPS = 8  # of a run
@@ -65,6 +68,10 @@ def _named(name: str, library: str, **options: Any) -> Place:
     return _place(functools.partial(build, **options), functools.partial(loader, name), name, library)
 
 
+def _losses_of_tokens(name: str, library: str) -> Place:
+    return _place(made, functools.partial(loader, name), name, library)
+
+
 OURS, TIMM, HUGGING_FACE, TORCH = "lit_scale", "timm", "Hugging Face", "torch"
 PLACES: dict[str, Place] = {
     "bert": _named("bert", OURS),
@@ -73,6 +80,9 @@ PLACES: dict[str, Place] = {
     "hf_bert": _named("hf_bert", HUGGING_FACE),
     "hf_gpt2": _named("hf_gpt2", HUGGING_FACE),
     "torch_encoder": _named("torch_encoder", TORCH),
+    # the same with losses of tokens
+    "masked_hf_bert": _losses_of_tokens("hf_bert, masked", HUGGING_FACE),
+    "masked_torch_encoder": _losses_of_tokens("torch_encoder, masked", TORCH),
     # matrices that are large enough for state of 8 bits
     "wide_bert": _named("bert", OURS, width=64),
     "wide_hf_bert": _named("hf_bert", HUGGING_FACE, width=64),
@@ -107,6 +117,7 @@ class Case:
     told: Mapping[str, Arguments] = field(default_factory=dict)  #: arguments that differ on one network
     needs: tuple[str, ...] = ()  #: methods and switches of a module that it cannot do without
     not_foreign: str = ""  #: why it is tried on fewer libraries' networks than all three
+    lasting: str = ""  #: why it leaves something on the network on purpose
     state_matters: bool = False  #: whether a run that resumes without the technique's own state differs
     strategy: str = "ddp"  #: for two processes
     refused: Mapping[str, str] = field(default_factory=dict)  #: techniques beside which it is refused, and why
@@ -133,6 +144,8 @@ def _same(factor: str, *others: str) -> dict[str, str]:
     return dict.fromkeys(others, f"both change the {factor} of a step; use one of them")
 
 
+SIZES = ("ResolutionGrowing", "SequenceLengthWarmup")
+TOKENS = ("TokenDropping", "MaskLater", "RandomLTD")
 HALVES = [(0.0, 0.5), (0.5, 1.0)]  # of what grows: a half in the first half of the run
 _CASES = [
     Case(
@@ -184,7 +197,7 @@ _CASES = [
         others=(),
         needs=("encode_masked",),
         not_foreign="other libraries' autoencoders have no switch encode_masked, and it refuses them",
-        refused=_same("tokens", "PatchDropping", "ResolutionGrowing", "SequenceLengthWarmup", "TokenDropping"),
+        refused=_same("tokens", "PatchDropping", *SIZES, *TOKENS),
         plain_steps="priced",
     ),
     Case(
@@ -193,14 +206,14 @@ _CASES = [
         home="timm_pictures",
         others=("hf_pictures", "torch_pictures"),
         told={"torch_pictures": {"embedding": "net.0"}},
-        refused=_same("tokens", "ResolutionGrowing", "SequenceLengthWarmup", "TokenDropping"),
+        refused=_same("tokens", *SIZES, *TOKENS),
     ),
     Case(
         technique=ResolutionGrowing,
         arguments={"stages": HALVES},
         home="timm_images",
         others=("hf_images", "torch_images"),
-        refused=_same("tokens", "SequenceLengthWarmup", "TokenDropping"),
+        refused=_same("tokens", "SequenceLengthWarmup", *TOKENS),
     ),
     Case(
         technique=SequenceLengthWarmup,
@@ -208,16 +221,34 @@ _CASES = [
         home="hf_gpt2",
         others=("hf_bert", "torch_encoder"),
         not_foreign="timm's networks take images",
-        refused=_same("tokens", "TokenDropping"),
+        refused=_same("tokens", *TOKENS),
     ),
     Case(
         technique=TokenDropping,
-        arguments={"drop": "random"},
+        arguments={"keep": 0.5, "beta": 0.5, "special_ids": [0]},
         home="bert",
-        others=("wide_bert", "hf_bert", "timm_vit", "torch_encoder", "hf_gpt2"),
-        told={"bert": {"drop": "easy", "special_ids": [0], "beta": 0.5}},
+        others=("wide_bert", "masked_hf_bert", "masked_torch_encoder"),
+        needs=("per_token_loss",),
+        not_foreign="timm's networks take images",
         state_matters=True,
         plain_steps="priced",
+        refused=_same("tokens", "MaskLater", "RandomLTD"),
+    ),
+    Case(
+        technique=MaskLater,
+        arguments={},
+        home="bert",
+        others=("wide_bert", "masked_torch_encoder"),
+        not_foreign="it needs batches that name their masked positions, as those of our own data do",
+        lasting="the trained network is another one without it, and refuses to run",
+        plain_steps="priced",
+        refused=_same("tokens", "RandomLTD"),
+    ),
+    Case(
+        technique=RandomLTD,
+        arguments={"keep": 0.25, "stages": 3},
+        home="bert",
+        others=("wide_bert", "hf_bert", "timm_vit", "torch_encoder", "hf_gpt2"),
     ),
     Case(
         technique=ProgressiveStacking,
