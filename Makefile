@@ -1,11 +1,11 @@
-# PYTHON makes the environment, VENV holds it; both can be set: make test PYTHON=python3.12 VENV=/path/to/venv
+# PYTHON creates the environment in the folder VENV; both can be set: make test PYTHON=python3.12 VENV=/path/to/venv
 PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 JOBS := -n auto --maxprocesses 8 --dist worksteal
-# without the theme's notice of its end of life, which pyproject.toml tells
+# without the theme's notice of its end of life; pyproject.toml has the date
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 .DEFAULT_GOAL := help
@@ -14,7 +14,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
-setup: $(STAMP)  ## Install everything into VENV (.venv); again only when the requirements changed
+setup: $(STAMP)  ## Install everything into VENV (.venv), unless the requirements are unchanged
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
@@ -43,22 +43,22 @@ lint: setup  ## Check format, style and types
 typecheck: setup  ## Check the types of benchmarks, recipes and tests too
 	$(BIN)/python -m mypy lit_scale benchmarks recipes tests
 
-format: setup  ## Format the code and mend what ruff can mend
+format: setup  ## Format the code and apply ruff's fixes
 	$(BIN)/python -m ruff check --fix-only .
 	$(BIN)/python -m ruff format .
 
 docs: setup  ## Build the documentation into site/; a broken link fails
 	$(MKDOCS) build --strict
 
-docs-serve: setup  ## Show the documentation while it is edited
+docs-serve: setup  ## Serve the documentation locally while it is edited
 	$(MKDOCS) serve
 
-check-results: setup  ## Check that the stored results belong to the code
+check-results: setup  ## Check that the stored results were made with the present code
 	$(BIN)/python benchmarks/check.py
 
 bench: setup  ## List what has been measured; benchmarks/clock.py measures
 	$(BIN)/python benchmarks/clock.py list
 
-clean:  ## Remove build outputs and caches (the environment and runs/ stay)
+clean:  ## Remove build outputs and caches, but not the environment and runs/
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.git -prune -o -path './$(VENV)' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

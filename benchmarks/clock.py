@@ -162,8 +162,13 @@ class Sweep:
 
     # -- techniques ---------------------------------------------------------------------------------------------------
 
-    def make_technique(self, entry: Entry) -> None:
-        """Tune it, give it five seeds on both networks, make its control, and pair it with plain runs for wall time."""
+    def make_technique(self, entry: Entry, *, headline_only: bool = False) -> None:
+        """Tune it, give it five seeds on both networks, make its control, and pair it with plain runs for wall time.
+
+        Args:
+            entry: What is measured.
+            headline_only: Leave out the other network and the pairs, which a later call adds.
+        """
         task = self.task
         store = Store(self.results / f"{entry.name}.json")
         store.data |= {"technique": entry.technique, "recipe": entry.recipe, "task": task.name, "kind": entry.kind}
@@ -182,6 +187,8 @@ class Sweep:
             networks = {headline: networks[headline]}
         store.data["headline"] = headline
         store.data["networks"] = {name: list(network) for name, network in networks.items()}
+        if headline_only:
+            networks = {headline: networks[headline]}
         runs = {name: self._technique_run(store, entry, entry.flags, *network) for name, network in networks.items()}
         plain = {name: self.rate(*network) for name, network in networks.items()}
         tuned = self.tuned(store, runs, {name: [rate / 2, rate, rate * 2] for name, rate in plain.items()})
@@ -205,8 +212,9 @@ class Sweep:
             self.made(store, [replace(run, seed=seed) for seed in task.seeds])
             self._make_control(store, entry, name, size, budget, lr)
         self.finish(entry, store)
-        self._make_pairs(store, entry, *networks[headline], headline)
-        self.finish(entry, store)
+        if not headline_only:
+            self._make_pairs(store, entry, *networks[headline], headline)
+            self.finish(entry, store)
 
     def _technique_run(
         self,
@@ -282,6 +290,7 @@ def main() -> None:
     parser.add_argument("what", choices=["plain", "technique", "all", "list", "analyse"])
     parser.add_argument("names", nargs="*", help="tasks, or techniques on tasks as `list` has them")
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0))[:2], help="a run each")
+    parser.add_argument("--headline-only", action="store_true", help="a technique's headline network, without pairs")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "clock", help="where runs in progress are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="files of results")
     parser.add_argument("--gpu", action="store_true", help="tasks of a GPU's size (tasks_gpu.py), which NEVER RAN YET")
@@ -313,7 +322,7 @@ def main() -> None:
                 if (args.out / f"{name}.json").exists():
                     sweep.finish(entry, Store(args.out / f"{name}.json"))
             else:
-                sweep.make_technique(entry)
+                sweep.make_technique(entry, headline_only=args.headline_only)
 
 
 def listing(folder: Path, tasks: Mapping[str, Task], entries: Mapping[str, Entry]) -> None:

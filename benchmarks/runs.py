@@ -7,6 +7,7 @@ trains with. An interrupted run goes on from its last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -61,6 +62,12 @@ class Run:
         key: dict[str, Any] = {"size": self.size, "steps": self.steps, "lr": self.lr, "seed": self.seed}
         technique = None if self.technique is None else list(self.technique)
         return key | {"technique": technique, "flags": list(self.flags), "again": self.again}
+
+    @property
+    def settings(self) -> str:
+        """Digest of the task's flags and those of the size, which the key only names."""
+        flags = json.dumps([self.task.machine, self.task.flags, self.task.sizes[self.size]])
+        return hashlib.blake2b(flags.encode(), digest_size=8).hexdigest()
 
     @property
     def name(self) -> str:
@@ -122,6 +129,7 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
     extra = {name: record[name] for name in ("sparse_flops",) if name in record}
     return {
         **run.key,
+        "settings": run.settings,
         "own_steps": own_steps,
         "flops": record["flops"],
         "tokens": samples * run.task.tokens,
@@ -187,7 +195,7 @@ class Runner:
     def _train(self, run: Run, core: int) -> dict[str, Any]:
         folder = self.folder / run.task.name / (run.recipe if run.technique is not None else "plain") / run.name
         result, begun = folder / "result.json", folder / "begun.json"
-        wanted = json.dumps([run.key, code_digest(run.recipe, run.technique is not None)])
+        wanted = json.dumps([run.key, run.settings, code_digest(run.recipe, run.technique is not None)])
         folder.mkdir(parents=True, exist_ok=True)
         same = begun.exists() and begun.read_text() == wanted
         if not (same and result.exists() and "test" in json.loads(result.read_text())):

@@ -37,11 +37,10 @@ class Store:
         return (entry for entry in self.runs if accept(entry))
 
     def find(self, run: Run) -> dict[str, Any] | None:
-        """The entry of a run, if it was made with the present code."""
-        code = code_digest(run.recipe, run.technique is not None)
-        key = run.key
-        fits = (entry for entry in self.runs if all(entry[name] == value for name, value in key.items()))
-        return next((entry for entry in fits if entry["code"] == code), None)
+        """The entry of a run, if it was made with the present code and the present flags of its task."""
+        wanted = run.key | {"settings": run.settings, "code": code_digest(run.recipe, run.technique is not None)}
+        fits = (entry for entry in self.runs if all(entry[name] == value for name, value in wanted.items()))
+        return next(fits, None)
 
     def add(self, run: Run, entry: dict[str, Any]) -> None:
         """Store an entry in place of one with the same key."""

@@ -43,10 +43,11 @@ def snake_case(kind: type) -> str:
     """A class's name as flags, metrics and files have it.
 
     Example:
-        >>> snake_case(Technique)
-        'technique'
+        >>> class RandomLTD(Technique): ...
+        >>> snake_case(Technique), snake_case(RandomLTD)
+        ('technique', 'random_ltd')
     """
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.__name__).lower()
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:

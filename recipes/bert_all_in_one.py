@@ -1,8 +1,8 @@
-"""BERT with all that goes together: fewer blocks, in them fewer neurons and heads, and through them fewer tokens.
+"""BERT with three techniques at once: progressive stacking, token dropping and dynamic sparsity.
 
 python recipes/bert_all_in_one.py                        # the three techniques, on Python's own sources
 python recipes/bert_all_in_one.py --compare              # and the same run without them, side by side
-python recipes/bert_all_in_one.py --token_dropping.drop random --data.corpus my_text/
+python recipes/bert_all_in_one.py --token_dropping.keep 0.5 --data.corpus my_text/
 """
 
 from lit_scale.callbacks import DynamicSparsity, ProgressiveStacking, TokenDropping

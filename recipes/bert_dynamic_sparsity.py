@@ -1,4 +1,4 @@
-"""BERT with dynamic sparsity (RigL, Evci et al., ICML 2020): a quarter of the neurons and heads, moved about.
+"""BERT with dynamic sparsity (RigL, Evci et al., ICML 2020): a quarter of the neurons and heads, regularly replaced.
 
 python recipes/bert_dynamic_sparsity.py                           # the technique, on Python's own sources
 python recipes/bert_dynamic_sparsity.py --compare                 # and the same run without it, side by side

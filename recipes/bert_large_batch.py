@@ -1,4 +1,4 @@
-"""BERT with large batches (You et al., ICLR 2020): 16 times the batch with LAMB, the same data in 1/16 of the steps.
+"""BERT with large batches (You et al., ICLR 2020): LAMB with 16 times the batch, the same data in 1/16 of the steps.
 
 python recipes/bert_large_batch.py                        # the technique, on Python's own sources
 python recipes/bert_large_batch.py --compare              # and AdamW with the small batch, on as many samples

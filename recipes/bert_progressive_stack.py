@@ -1,4 +1,4 @@
-"""BERT with progressive stacking (Gong et al., ICML 2019): a quarter of the depth first, then half, then all of it.
+"""BERT with progressive stacking (Gong et al., ICML 2019): a quarter of the depth first, then half, then full depth.
 
 python recipes/bert_progressive_stack.py                        # the technique, on Python's own sources
 python recipes/bert_progressive_stack.py --compare              # and the same run without it, side by side

@@ -1,8 +1,8 @@
-"""BERT with token dropping (Hou et al., ACL 2022): in the middle blocks only the quarter of the tokens that is hard.
+"""BERT with token dropping (Hou et al., ACL 2022): the middle blocks run on the hardest quarter of the tokens only.
 
 python recipes/bert_token_dropping.py                               # the technique, on Python's own sources
 python recipes/bert_token_dropping.py --compare                     # and the same run without it, side by side
-python recipes/bert_token_dropping.py --token_dropping.drop random --token_dropping.keep null --token_dropping.before 1
+python recipes/bert_token_dropping.py --token_dropping.keep 0.5 --token_dropping.before 0.5     # as in the paper
 """
 
 from lit_scale.callbacks import TokenDropping

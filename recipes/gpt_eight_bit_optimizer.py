@@ -1,4 +1,4 @@
-"""GPT with 8-bit AdamW (Dettmers et al., ICLR 2022): the moments of the optimizer in a byte each.
+"""GPT with 8-bit AdamW (Dettmers et al., ICLR 2022): each moment of the optimizer is stored in one byte.
 
 python recipes/gpt_eight_bit_optimizer.py                          # the technique, on Python's own sources
 python recipes/gpt_eight_bit_optimizer.py --compare                # and the same run with 32-bit state, side by side

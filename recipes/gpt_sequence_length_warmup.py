@@ -1,4 +1,4 @@
-"""GPT with sequence-length warm-up (Li et al., NeurIPS 2022): an eighth of the length first, doubled three times.
+"""GPT with sequence-length warm-up (Li et al., NeurIPS 2022): an eighth of the length at first, doubled three times.
 
 python recipes/gpt_sequence_length_warmup.py                          # the technique, on Python's own sources
 python recipes/gpt_sequence_length_warmup.py --compare                # and the same run without it, side by side

@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al. 2022) whose encoder runs over the visible quarter of the patches only.
+"""Masked autoencoder (He et al. 2022) whose encoder runs only over the visible quarter of the patches.
 
 python recipes/mae_masked_token_skip.py                # the technique, on scanned digits; then a probe and fine-tuning
 python recipes/mae_masked_token_skip.py --compare      # and with mask tokens in the encoder, side by side

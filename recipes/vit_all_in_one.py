@@ -1,4 +1,4 @@
-"""ViT with all that goes together: fewer blocks, in them fewer neurons and heads, and small images first.
+"""ViT with three techniques at once: progressive stacking, resolution growing and dynamic sparsity.
 
 python recipes/vit_all_in_one.py                         # the three techniques, on scikit-learn's scanned digits
 python recipes/vit_all_in_one.py --compare               # and the same run without them, side by side

@@ -1,6 +1,6 @@
-"""ViT with importance sampling (Katharopoulos and Fleuret 2018): of three times as many samples those that teach most.
+"""ViT with importance sampling (Katharopoulos and Fleuret 2018): a third of each large batch, sampled by gradient norm.
 
-python recipes/vit_importance_sampling.py                    # scanned digits, nine of ten of them zeros
+python recipes/vit_importance_sampling.py                    # scanned digits, about nine in ten are zeros
 python recipes/vit_importance_sampling.py --compare          # and the same run without it, side by side
 python recipes/vit_importance_sampling.py --task text        # BERT on Python's own sources
 """

@@ -1,4 +1,4 @@
-"""ViT with patch dropping (FLIP, Li et al. 2023): a quarter of the patches, then a short tuning on whole images.
+"""ViT with patch dropping (FLIP, Li et al. 2023): a quarter of the patches, then a short training on all of them.
 
 python recipes/vit_patch_dropping.py                         # the technique, on scikit-learn's scanned digits
 python recipes/vit_patch_dropping.py --compare               # and the same run without it, side by side

@@ -1,4 +1,4 @@
-"""ViT with resolution growing: half the side for the first half of the run, three quarters, then all of it.
+"""ViT with resolution growing: images of half the side for half of the run, then of three quarters, then full size.
 
 python recipes/vit_resolution_growing.py                     # the technique, on scikit-learn's scanned digits
 python recipes/vit_resolution_growing.py --compare           # and the same run without it, side by side

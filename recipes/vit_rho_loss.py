@@ -1,10 +1,10 @@
-"""ViT with RHO-loss (Mindermann et al. 2022): of twice as many images the half whose loss can still be reduced.
+"""ViT with RHO-loss (Mindermann et al. 2022): the half of each double batch whose loss can be reduced most.
 
-python recipes/vit_rho_loss.py                               # scanned digits, a fifth of them with a wrong class
+python recipes/vit_rho_loss.py                               # scanned digits, a fifth with a wrong class
 python recipes/vit_rho_loss.py --compare                     # and the same run without it, side by side
 python recipes/vit_rho_loss.py --rho_loss.irreducible other.ckpt
 
-A small model is trained first, on a fifth of the images that the run itself leaves out, to tell what cannot be learnt.
+A small model is trained first, on the fifth of the images that the run does not use; it estimates the irreducible loss.
 """
 
 from lit_scale.callbacks import RhoLoss

@@ -1,6 +1,6 @@
-"""ViT with selective backprop (Jiang et al. 2019): half of each batch, rather those with large losses, in mid-run.
+"""ViT with selective backprop (Jiang et al. 2019): half of every second batch in the second half, by large losses.
 
-python recipes/vit_selective_backprop.py                     # scanned digits, nine of ten of them zeros
+python recipes/vit_selective_backprop.py                     # scanned digits, about nine in ten are zeros
 python recipes/vit_selective_backprop.py --compare           # and the same run without it, side by side
 python recipes/vit_selective_backprop.py --selective_backprop.start 0 --selective_backprop.interrupt 0
 """

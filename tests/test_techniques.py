@@ -22,8 +22,10 @@ from lit_scale.callbacks import (
     ImportanceSampling,
     LargeBatch,
     MaskedTokenSkip,
+    MaskLater,
     PatchDropping,
     ProgressiveStacking,
+    RandomLTD,
     ResolutionGrowing,
     RhoLoss,
     SelectiveBackprop,
@@ -47,14 +49,16 @@ MAKE: dict[type[Technique], Callable[[], Technique]] = {
     LargeBatch: lambda: LargeBatch(2, lr=0.02),
     ImportanceSampling: lambda: ImportanceSampling(2, threshold=0.0, look_every=1),
     DynamicSparsity: lambda: DynamicSparsity(0.5, every=2),
+    MaskLater: MaskLater,
     MaskedTokenSkip: MaskedTokenSkip,
     PatchDropping: lambda: PatchDropping(0.5, tune=0.25),
     ProgressiveStacking: lambda: ProgressiveStacking(GROWTH),
+    RandomLTD: RandomLTD,
     ResolutionGrowing: lambda: ResolutionGrowing(GROWTH),
     RhoLoss: lambda: RhoLoss(image_model("timm", seed=9), share=0.5),
     SelectiveBackprop: lambda: SelectiveBackprop(0.0, 1.0),
     SequenceLengthWarmup: lambda: SequenceLengthWarmup(GROWTH),
-    TokenDropping: lambda: TokenDropping("random"),
+    TokenDropping: lambda: TokenDropping(until=0.75, special_ids=[0]),
 }
 
 
@@ -100,13 +104,15 @@ WITH_STACKING: dict[type[Technique], tuple[Callable[[int], Any], Callable[[], An
     LargeBatch: (lambda seed: build("torch_encoder", seed=seed), lambda: loader("torch_encoder"), {}),
     ImportanceSampling: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
     DynamicSparsity: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
+    MaskLater: (lambda seed: build("bert", seed=seed), lambda: loader("bert"), {}),
     MaskedTokenSkip: (lambda seed: tiny_mae(seed=seed), pictures, {"blocks": "encoder.blocks"}),
     PatchDropping: (viewer, pictures, {}),
+    RandomLTD: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     ResolutionGrowing: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
     RhoLoss: (lambda seed: image_model("timm", seed=seed), sized_loader, {}),
     SelectiveBackprop: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
     SequenceLengthWarmup: (lambda seed: build("hf_gpt2", seed=seed), lambda: loader("hf_gpt2"), {}),
-    TokenDropping: (lambda seed: build("hf_bert", seed=seed), lambda: loader("hf_bert"), {}),
+    TokenDropping: (lambda seed: build("bert", seed=seed), lambda: loader("bert"), {}),
 }
 
 
@@ -220,7 +226,7 @@ def test_the_clock_times_the_steps_that_were_made(
     kind: type[Technique], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that is replayed to be timed multiplies what the step of that kind multiplied in training."""
-    make, data, _ = WITH_STACKING.get(kind, WITH_STACKING[TokenDropping])
+    make, data, _ = WITH_STACKING.get(kind, WITH_STACKING[RandomLTD])
     technique, meter, replay = MAKE[kind](), CostMeter(repeats=1), lit_scale.cost.meter.replay_step
     impose, imposed, multiplied = technique.impose_step_kind, [], []
 
@@ -257,6 +263,6 @@ def test_the_clock_times_the_steps_that_were_made(
     assert bool(plain) == (kind not in others)
     assert {ledger.flops[key] for key in plain} <= set(without.ledger.flops.values())
     made_none = bool(plain) and not set(plain) & set(ledger.counts)
-    assert made_none == (kind in {DynamicSparsity, MaskedTokenSkip, RhoLoss})
+    assert made_none == (kind in {DynamicSparsity, MaskLater, MaskedTokenSkip, RhoLoss})
     told = [one for one in meter.record(trainer, trainer.lightning_module)["step_kinds"] if one["plain"]]
     assert made_none == (bool(told) and all(one["count"] == 0 for one in told))

@@ -80,10 +80,11 @@ class Recipe:
 class RecipeCLI(LightningCLI):
     """LightningCLI without subcommands, for one model, one data module, and one or more techniques.
 
-    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*``, and one group per technique, named after its class in
-    snake case. Arguments of the model that follow from the data (length, vocabulary, image size, classes) are linked to
-    the data and are not flags; so is the data's seed to ``--seed_everything``. With ``--compare`` and without ``arm``
-    it only reads the flags.
+    Groups of flags: ``--trainer.*``, ``--model.*``, ``--data.*``, and one group per technique, named after its
+    class in snake case.
+    Arguments of the model that follow from the data (length, vocabulary, image size, classes) are linked to the data
+    and are not flags; so is the data's seed to ``--seed_everything``. With ``--compare`` and without ``arm`` it only
+    reads the flags.
 
     Args:
         recipe: The recipe.

@@ -97,7 +97,7 @@ def saving_line(record: dict[str, Any]) -> str:
         lines += [
             f"against {record['steps']:,} steps of the full model: {_change(-saved['flops'])} FLOPs, "
             f"{_change(-saved['reference_seconds'])} reference seconds",
-            "(at equal steps, not equal loss; for that there is python -m lit_scale.cost.compare)",
+            "(at equal steps, not equal loss; see python -m lit_scale.cost.compare)",
         ]
     if "sparse_flops" in record:
         lines.append(

@@ -73,6 +73,8 @@ def read(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: no record of CostMeter ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: no record of CostMeter")
     missing = {"reference_seconds", "cost_in_plain_steps", "plain_step_flops", "prices"} - record.keys()
     if missing:
         raise ValueError(f"{path}: no record of this version of CostMeter (it lacks {', '.join(sorted(missing))})")

@@ -35,7 +35,7 @@ Choose = Callable[[Tensor], Tensor | None]
 # Read in torch's "Unexpected key(s)", where a network that knows nothing of it is given the weights of one whose masked
 # positions join late. Only the first three words are the format; the rest may be worded anew.
 _MARK = "masks join late"
-_KEY = f"{_MARK}: evaluate with the technique that was trained with, see lit_scale's docs/token_dropping"
+_KEY = f"{_MARK}: evaluate with the technique that was trained with, see lit_scale's docs/mask_later"
 _FOREIGN_SEQUENCES = ("encoder_", "memory", "cross_")  # arguments that hold another sequence than the block's own
 
 

@@ -150,12 +150,12 @@ def test_a_store_keeps_one_entry_of_a_run_and_finds_it_by_its_code(
     store = Store(tmp_path / "deep" / "own.json")
     store.data["note"] = "kept"
     assert store.find(own) is None
-    store.add(own, own.key | {"code": "before", "val": {}})
+    store.add(own, own.key | {"settings": own.settings, "code": "before", "val": {}})
     assert store.find(own) is None
-    store.add(own, own.key | {"code": "now", "val": {"loss": 1.0}})
+    store.add(own, own.key | {"settings": own.settings, "code": "now", "val": {"loss": 1.0}})
     again = Store(tmp_path / "deep" / "own.json")
     assert len(again.runs) == 1
-    assert again.find(own) == own.key | {"code": "now", "val": {"loss": 1.0}}
+    assert again.find(own) == own.key | {"settings": own.settings, "code": "now", "val": {"loss": 1.0}}
     assert again.data["note"] == "kept"
     other = Run(TASK, "1x64", 10, 1e-3, 1, "bert_progressive_stack", ("--x",))
     assert again.find(other) is None

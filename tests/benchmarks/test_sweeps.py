@@ -14,7 +14,7 @@ TINY = [
     "--data.sequence_length=16",
     "--data.batch_size=4",
     "--data.max_val_sequences=8",
-    "--model.depth=2",
+    "--model.depth=4",
     "--model.width=16",
     "--model.num_heads=2",
 ]

@@ -17,16 +17,17 @@ from lit_scale.callbacks import (
     ProgressiveStacking,
     ResolutionGrowing,
     SequenceLengthWarmup,
-    TokenDropping,
     importance_sampling,
 )
 from lit_scale.callbacks.importance_sampling import draw, variance_ratio
 from lit_scale.cost import CostMeter
 from lit_scale.datamodules import TextDataModule
 from lit_scale.factors.scores import output_gradients
+from lit_scale.factors.token_choice import TokenChoice
 from lit_scale.guards import StepSeed
 from tests.foreign_models import FOREIGN, OPTIMIZERS, build, loader, quiet_trainer, save_every_step, tiny_bert
 from tests.sized_models import image_model, sized_loader
+from tests.token_runs import KINDS, make
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -328,12 +329,12 @@ def test_text_is_planned_across_the_ends_of_epochs_and_along_with_lengths(tiny_c
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("dropping", [{"drop": "easy", "special_ids": [0]}, {"drop": "masked"}, {"drop": "random"}])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_dropped_from_the_samples_that_are_trained(
-    dropping: dict[str, Any], order: int, tmp_path: Path
+    kind: type[TokenChoice], order: int, tmp_path: Path
 ) -> None:
     def run(seed: int, resume: Path | None = None) -> dict[str, Any]:
-        tokens = TokenDropping(**dropping)
+        tokens = make(kind)
         place: dict[str, Any] = {"before": [], "after": []}
         place["before" if order == 1 else "after"].append(tokens)
         place["after"] += [] if resume else [save_every_step(tmp_path / "saved")]

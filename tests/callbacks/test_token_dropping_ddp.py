@@ -1,9 +1,8 @@
-"""Token dropping in two processes.
+"""Token dropping, random-LTD and masks that join later, in two processes.
 
 A test runs this file as a script; Lightning starts its second process, and both leave what they hold in a folder.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_scale.callbacks import TokenDropping
+from lit_scale.callbacks import MaskLater, RandomLTD, TokenDropping
+from lit_scale.factors.token_choice import TokenChoice
 from lit_scale.guards import StepSeed
 from tests.foreign_models import build, loader, quiet_trainer, save_every_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 STEPS = 8
-EASY: dict[str, Any] = {"drop": "easy", "special_ids": [0], "beta": 0.5}
+EASY: dict[str, Any] = {"special_ids": [0], "beta": 0.5}
 
 
 class Agreement(Callback):
@@ -49,12 +49,12 @@ class Agreement(Callback):
             self.gaps.append((both[0] - both[1]).abs().max().item())
 
 
-def fit(folder: Path, phase: str, dropping: dict[str, Any], ranks: int = 1, **options: Any) -> dict[str, Any]:
+def fit(folder: Path, phase: str, callback: TokenChoice, ranks: int = 1, **options: Any) -> dict[str, Any]:
     """Train, in two processes or in one, and return what this rank holds; a run of one takes both ranks' batches."""
-    resume, kind = options.pop("resume", None), options.pop("kind", TokenDropping)
+    resume = options.pop("resume", None)
     # with Adam, a gradient that is 0 but for rounding would make two equal runs differ
     module = build("bert", seed=1 if resume else 0, dropout=0.0, optimizer="momentum", lr=0.05)
-    callback, agreement = kind(**dropping), Agreement()
+    agreement = Agreement()
     callbacks: list[Callback] = [StepSeed(), callback, agreement]
     if ranks > 1:
         options |= {"strategy": "ddp", "devices": ranks}
@@ -99,7 +99,7 @@ def test_two_processes_keep_the_same_running_losses(
     run_python: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
     launch(run_python, "easy,accumulated,control", tmp_path)
-    check(tmp_path / "easy", ["whole", "from 3"], fit(tmp_path, "reference", EASY))
+    check(tmp_path / "easy", ["whole", "from 3"], fit(tmp_path, "reference", TokenDropping(**EASY)))
     one, other = check(tmp_path / "accumulated", ["whole", "from 5"], None)
     assert torch.equal(one["state"]["running_loss"], other["state"]["running_loss"])
     assert (one["state"]["running_loss"] < 10.0).sum() > 12
@@ -107,11 +107,15 @@ def test_two_processes_keep_the_same_running_losses(
     assert not torch.equal(one["state"]["running_loss"], other["state"]["running_loss"])  # and nothing says so
 
 
-def test_two_processes_drop_masks_as_one_and_draw_subsets_of_their_own(
+def test_two_processes_drop_masks_as_one(run_python: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
+    launch(run_python, "masked", tmp_path)
+    check(tmp_path / "masked", ["whole", "from 3"], fit(tmp_path, "reference", MaskLater()))
+
+
+def test_two_processes_draw_subsets_of_their_own(
     run_python: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    launch(run_python, "masked,random", tmp_path)
-    check(tmp_path / "masked", ["whole", "from 3"], fit(tmp_path, "reference", {"drop": "masked"}))
+    launch(run_python, "random", tmp_path)
     one, other = check(tmp_path / "random", ["whole", "from 3"], None)
     assert len(one["kept"]) == len(other["kept"]) == 6  # until three quarters of the run
     assert all(a != b for a, b in zip(one["kept"], other["kept"], strict=True))
@@ -133,11 +137,11 @@ class OnItsOwn(TokenDropping):
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "easy": {"dropping": EASY, "stops": (3,)},
-    "accumulated": {"dropping": EASY, "stops": (5,), "accumulate_grad_batches": 2},
-    "control": {"dropping": EASY, "kind": OnItsOwn},
-    "masked": {"dropping": {"drop": "masked"}, "stops": (3,)},
-    "random": {"dropping": {"drop": "random", "keep": 0.5, "stages": 2}, "stops": (3,)},
+    "easy": {"make": lambda: TokenDropping(**EASY), "stops": (3,)},
+    "accumulated": {"make": lambda: TokenDropping(**EASY), "stops": (5,), "accumulate_grad_batches": 2},
+    "control": {"make": lambda: OnItsOwn(**EASY)},
+    "masked": {"make": MaskLater, "stops": (3,)},
+    "random": {"make": lambda: RandomLTD(keep=0.5, stages=2), "stops": (3,)},
 }
 
 
@@ -145,11 +149,11 @@ def main(case: str, folder: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
     options = dict(CASES[case])
-    stops = options.pop("stops", ())
+    make, stops = options.pop("make"), options.pop("stops", ())
     for stop in (None, *stops):
         phase = "whole" if stop is None else f"from {stop}"
         resume = None if stop is None else folder / "whole" / f"step={stop}.ckpt"
-        found = fit(folder, phase, ranks=2, resume=resume, **copy.deepcopy(options))
+        found = fit(folder, phase, make(), ranks=2, resume=resume, **options)
         torch.save(found, folder / f"{phase}-{dist.get_rank()}.pt")
 
 

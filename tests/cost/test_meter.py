@@ -631,6 +631,68 @@ def test_manual_optimization_is_counted_and_priced_from_the_run(tmp_path):
     assert {shape["price"] for shape in record["step_kinds"]} == {"run"}
 
 
+# -- costs in plain steps ---------------------------------------------------------------------------------------------
+
+
+def test_a_plain_run_costs_as_many_plain_steps_as_it_made(tmp_path):
+    record = fit(tmp_path, Bert(), texts(), max_steps=6)
+    (kind,) = train_kinds(record)
+    assert record["plain_step_seconds"] == kind["seconds_each"]
+    assert record["plain_step_flops"] == kind["flops_each"]
+    assert record["cost_in_plain_steps"] == pytest.approx(6)
+    assert record["prices"] == "replay"
+    assert "no_plain_step" not in record
+    from_the_run = fit(tmp_path, Bert(), texts(), max_steps=6, repeats=0)
+    assert from_the_run["cost_in_plain_steps"] == pytest.approx(6)
+    assert from_the_run["prices"] == "run"
+
+
+def test_a_techniques_run_is_told_in_its_own_plain_steps_with_its_charges(tmp_path):
+    stacking = ProgressiveStacking([(0.0, 1), (0.5, 4)])
+    record = fit(tmp_path, Bert(dropout=0.0), texts(), Choosing(before=0.02), stacking, max_steps=12)
+    (plain,) = [kind for kind in train_kinds(record) if kind["plain"]]
+    steps = sum(kind["count"] * kind["seconds_each"] for kind in train_kinds(record))
+    charges = sum(one["seconds"] for one in record["charges"].values())
+    assert charges > 12 * 0.02
+    assert record["cost_in_plain_steps"] == pytest.approx((steps + charges) / plain["seconds_each"])
+    assert record["plain_step_flops"] == bert_flops(4, T, 4)
+
+
+def test_of_several_plain_steps_the_most_frequent_one_is_the_unit(tmp_path):
+    record = fit(tmp_path, Bert(), texts(10), max_epochs=3)  # of 4, 4 and 2 samples
+    assert record["plain_step_flops"] == max(kind["flops_each"] for kind in train_kinds(record))
+    assert 6 < record["cost_in_plain_steps"] < 9 + 3
+
+
+def test_a_plain_step_that_is_only_priced_waits_for_its_batch_too(tmp_path):
+    """Otherwise a technique without plain steps would look dearer by the loader's share of a step."""
+
+    class Slow(list):
+        def __getitem__(self, index):
+            time.sleep(0.01)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Slow(texts().dataset), 4)  # 40 ms a batch; a step takes a tenth of that
+    record = fit(tmp_path, Bert(), loader, Tokens(3), max_steps=9)
+    assert not any(kind["plain"] for kind in train_kinds(record) if kind["count"])
+    assert record["plain_step_seconds"] > 0.03
+    assert record["cost_in_plain_steps"] == pytest.approx(9, rel=0.25)
+
+
+def test_a_run_without_a_plain_step_says_why_it_has_no_cost_in_them(tmp_path):
+    class Formless(Tokens):
+        def plain_step_kind(self):
+            return None
+
+    record = fit(tmp_path, Bert(), texts(), Formless(3), max_steps=3)
+    assert record["cost_in_plain_steps"] is record["plain_step_seconds"] is record["plain_step_flops"] is None
+    assert "cannot say what one would be" in record["no_plain_step"]
+    assert record["reference_seconds"] > 0
+    short = fit(tmp_path, Bert(), texts(), max_steps=1, repeats=0)  # the first step of a kind has its FLOPs counted
+    assert short["cost_in_plain_steps"] is None
+    assert "too short" in short["no_plain_step"]
+
+
 def test_many_shapes_keep_the_replay_short(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_scale.cost.meter._REPLAYED", 2)
     record = fit(tmp_path, Bert(), texts(16, lengths=(4, 5, 6, 7)), max_epochs=2, repeats=1)
@@ -652,6 +714,7 @@ def test_an_exception_in_the_first_step_leaves_no_mode_behind(tmp_path):
 # -- resume -----------------------------------------------------------------------------------------------------------
 
 TIMES = ("reference_seconds", "wall_seconds", "cpu_seconds", "peak_memory_bytes", "charges", "seconds_each", "price")
+TIMES += ("prices", "plain_step_seconds", "cost_in_plain_steps")
 
 
 def without_times(value: Any) -> Any:

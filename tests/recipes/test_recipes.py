@@ -26,6 +26,8 @@ FLAGS = {
     "mae_masked_token_skip": [*IMAGES, *DECODER, "--trainer.callbacks=null"],
     "bert_all_in_one": [*TEXT, "--model.depth=4"],
     "bert_token_dropping": [*TEXT, "--model.depth=4"],
+    "bert_random_ltd": [*TEXT, "--model.depth=4"],
+    "bert_mask_later": [*TEXT, "--model.depth=4"],
     "vit_all_in_one": IMAGES,
 }
 

@@ -1,0 +1,176 @@
+"""Runs of the techniques that drop tokens, and what a test notes of them: which tokens ran through which blocks."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_scale.callbacks import MaskLater, ProgressiveStacking, RandomLTD, TokenDropping
+from lit_scale.cost import CostMeter
+from lit_scale.factors.token_choice import TokenChoice
+from lit_scale.guards import StepSeed
+from lit_scale.models import BertMLM
+from tests.foreign_models import (
+    VOCABULARY,
+    HFBert,
+    TorchEncoder,
+    all_blocks,
+    build,
+    loader,
+    quiet_trainer,
+    save_every_step,
+)
+
+STEPS = 8
+MASK = 0  # the token that hides another, in the loader of tiny_bert
+#: Each technique, with arguments that suit networks of 4 blocks and sequences of 8 tokens.
+KINDS: dict[type[TokenChoice], dict[str, Any]] = {
+    TokenDropping: {"special_ids": [MASK]},
+    MaskLater: {},
+    RandomLTD: {"keep": 0.25, "stages": 3},
+}
+
+
+def make(kind: type[TokenChoice], **options: Any) -> TokenChoice:
+    return kind(**(KINDS[kind] | options))
+
+
+class MaskedHFBert(HFBert):
+    """A Hugging Face BERT with a head over all positions, and labels of -100 where nothing is to be predicted."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses = self.per_token_loss(batch)
+        return losses.sum() / (batch["labels"] >= 0).sum()
+
+    def per_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        hidden = self.net(batch["input_ids"]).last_hidden_state
+        logits = hidden @ self.net.embeddings.word_embeddings.weight.T  # (B, T, V)
+        return F.cross_entropy(logits.mT, batch["labels"], reduction="none", ignore_index=-100)
+
+
+class MaskedTorchEncoder(TorchEncoder):
+    """A plain torch network that is trained on batches as BertMLM takes them."""
+
+    def build(self, depth: int, dropout: float) -> nn.Module:
+        network = super().build(depth, dropout)
+        network[2] = nn.Linear(network[2].in_features, VOCABULARY)
+        return network
+
+    def per_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.net(batch["input_ids"])  # (B, T, V)
+        logits = logits.gather(1, batch["positions"][..., None].expand(-1, -1, VOCABULARY))
+        return F.cross_entropy(logits.mT, batch["labels"], reduction="none")
+
+    def per_sample_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.per_token_loss(batch).mean(1)
+
+
+def made(name: str, **options: Any) -> LightningModule:
+    kinds = {"hf_bert, masked": MaskedHFBert, "torch_encoder, masked": MaskedTorchEncoder}
+    if name not in kinds:
+        return build(name, **options)
+    torch.manual_seed(options.pop("seed", 0))
+    return kinds[name](**options)
+
+
+class EveryPosition(Callback):
+    """Turns positions and labels (B, M) into labels (B, T), -100 elsewhere."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        full = torch.full_like(batch["input_ids"], -100)
+        batch["labels"] = full.scatter_(1, batch.pop("positions"), batch["labels"])
+
+
+def path_of(module: LightningModule) -> str:
+    return getattr(module, "blocks", "encoder.blocks")
+
+
+class Lengths(Callback):
+    """Notes, for every forward pass, how many tokens the blocks saw, and of our own which; found without lit_scale."""
+
+    def __init__(self) -> None:
+        self.training: list[list[int]] = []
+        self.evaluation: list[list[int]] = []
+        self.kept: list[dict[int, list[list[int]]]] = []
+        self._now: list[int] = []
+        self._handles: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        def note(index: int, module: nn.Module, args: Any) -> None:
+            self._now.append(args[0].shape[1])
+
+        def note_places(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get("positions") is not None:
+                self.kept[-1][index] = kwargs["positions"].tolist()
+
+        for index, block in enumerate(all_blocks(pl_module, path_of(pl_module))):
+            norm = next(part for part in block.modules() if isinstance(part, nn.LayerNorm))
+            self._handles.append(norm.register_forward_pre_hook(functools.partial(note, index)))
+            if isinstance(pl_module, BertMLM):
+                places = functools.partial(note_places, index)
+                self._handles.append(block.attention.register_forward_pre_hook(places, with_kwargs=True))
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._now = []
+        self.training.append(self._now)
+        self.kept.append({})
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._now = []
+        self.evaluation.append(self._now)
+        self.kept.append({})
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    on_train_end = teardown  # what comes after is replayed for the clock
+
+
+class MustNotTrain(Callback):
+    """Fails where a step is made."""
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        raise AssertionError("a step was made")
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def train(
+    name: str, root: Path, technique: TokenChoice, *, resume: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Train a network, from its beginning or from a checkpoint, and return all that has to be equal then."""
+    if resume is not None:
+        torch.manual_seed(12_345)  # a resumed process has another past
+    module = made(name, seed=1 if resume else 0)
+    lengths = Lengths()
+    also: list[Callback] = [ProgressiveStacking(options.pop("stages"))] if "stages" in options else []
+    also.insert(options.pop("order", 0), technique)
+    meter = [CostMeter(repeats=1)] if options.pop("meter", False) else []
+    saving = [] if resume else [save_every_step(root / "whole")]
+    defaults = {"max_steps": STEPS, "val_check_interval": 1, "enable_checkpointing": not resume}
+    trainer = quiet_trainer(root, callbacks=[*also, lengths, StepSeed(), *meter, *saving], **(defaults | options))
+    data = "bert" if "masked" in name else name
+    trainer.fit(module, loader(data, size=20), loader(data, size=4, shuffle=False), ckpt_path=resume)
+    assert trainer.global_step == STEPS
+    return {
+        "weights": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "state": technique.state_dict(),
+        "metrics": dict(trainer.callback_metrics),
+        "lengths": lengths.training[-1],
+        "kept": lengths.kept[-2:],
+    }
