@@ -584,7 +584,7 @@ def both_warning(tmp_path: Path, make: Any) -> tuple[Any, Any, CostMeter]:
 
 def test_copies_that_do_not_fit_into_memory_are_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_scale.restoring._free_memory", lambda: 1000)
-    with pytest.warns(UserWarning, match="copies of weights and optimizer need"):
+    with pytest.warns(UserWarning, match="copies of weights and optimizer state need"):
         record = fit(tmp_path, Bert(), texts(), max_steps=5)
     assert {shape["price"] for shape in record["step_kinds"]} == {"run"}
 
