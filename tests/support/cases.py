@@ -40,7 +40,6 @@ from lit_scale.callbacks import (
 from lit_scale.technique import Technique
 from tests.support.data import MASK, loader, pictures, sized_loader
 from tests.support.networks import build, image_model, tiny_mae, viewer
-from tests.support.token_runs import made
 from tests.support.training import Watch, fit, save_every_step
 
 STEPS = 8  # of a run
@@ -66,10 +65,6 @@ def _place(network: Callable[..., Any], data: Callable[..., Any], name: str, lib
 
 def _named(name: str, library: str, **options: Any) -> Place:
     return _place(functools.partial(build, **options), functools.partial(loader, name), name, library)
-
-
-def _losses_of_tokens(name: str, library: str) -> Place:
-    return _place(made, functools.partial(loader, name), name, library)
 
 
 OURS, TIMM, HUGGING_FACE, TORCH = "lit_scale", "timm", "Hugging Face", "torch"
@@ -247,23 +242,6 @@ _CASES = [
         not_foreign="timm's networks take images",
         lasting=True,
         plain_steps="priced",
-        refused=_same("tokens", "MaskLater", "RandomLTD"),
-    ),
-    Case(
-        technique=MaskLater,
-        arguments={},
-        home="bert",
-        others=("wide_bert", "masked_torch_encoder"),
-        not_foreign="it needs batches that name their masked positions, as those of our own data do",
-        lasting="the trained network is another one without it, and refuses to run",
-        plain_steps="priced",
-        refused=_same("tokens", "RandomLTD"),
-    ),
-    Case(
-        technique=RandomLTD,
-        arguments={"keep": 0.25, "stages": 3},
-        home="bert",
-        others=("wide_bert", "hf_bert", "timm_vit", "torch_encoder", "hf_gpt2"),
     ),
     Case(
         technique=ProgressiveStacking,

@@ -64,17 +64,8 @@ def _masked(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": ids.index_fill(0, positions, MASK), "positions": positions, "labels": ids[positions]}
 
 
-def _labelled(generator: torch.Generator) -> dict[str, Tensor]:
-    """The same with a label for every position, -100 where nothing is to be predicted."""
-    sample = _masked(generator)
-    labels = torch.full_like(sample["input_ids"], -100).scatter_(0, sample["positions"], sample["labels"])
-    return {"input_ids": sample["input_ids"], "labels": labels}
-
-
 _SAMPLES: dict[str, Callable[[torch.Generator], dict[str, Tensor]]] = {
     "bert": _masked,
-    "hf_bert, masked": _labelled,
-    "torch_encoder, masked": _masked,
     "timm_vit": _image,
     "plain_torch": _image,
     "hf_bert": _text,
