@@ -10,7 +10,6 @@ from timm.optim import Lamb, Lars
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LRScheduler, OneCycleLR, SequentialLR
 
 from lit_scale.callbacks import EightBitOptimizer, LargeBatch, ProgressiveStacking
-from lit_scale.cost import CostMeter
 from lit_scale.guards import SafeCheckpointIO
 from tests.support.data import loader
 from tests.support.equality import assert_same
@@ -113,26 +112,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(techniques: Any, tmp_path: Path)
     for stop in (1, 3, 6):
         rest = run(resume=tmp_path / "saved" / f"step={stop}.ckpt")
         assert_same(whole, rest, f"resumed at step {stop}")
-
-
-def test_8_bit_state_is_what_the_record_says(tmp_path: Path) -> None:
-    records = []
-    for parts in ([], [EightBitOptimizer()], [EightBitOptimizer(embeddings=True)]):
-        meter = CostMeter(repeats=0)
-        _, trainer = trained(tmp_path, *parts, meter, name="bert", build={"width": 256, "depth": 2}, max_steps=1)
-        records.append(meter.record(trainer, trainer.lightning_module)["optimizer_state_bytes"])
-    plain, mixed, all_ = records
-    assert 0.25 < all_ / plain < mixed / plain < 0.28
-
-
-def test_a_checkpoint_of_the_one_does_not_go_on_as_the_other(tmp_path: Path) -> None:
-    saver = save_every_step(tmp_path / "saved")
-    trained(tmp_path, EightBitOptimizer(), saver, max_steps=2)
-    path = tmp_path / "saved" / "step=2.ckpt"
-    with pytest.raises(ValueError, match="trained with EightBitOptimizer, which is missing from this Trainer"):
-        trained(tmp_path, CostMeter(), max_steps=4, resume=path)
-    with pytest.raises(ValueError, match=r"EightBitOptimizer\(embeddings=True\) differs from the checkpoint's"):
-        trained(tmp_path, EightBitOptimizer(embeddings=True), max_steps=4, resume=path)
 
 
 def test_one_optimizer_does_not_go_on_with_another_s_state(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from rich.console import Console
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.cli import Recipe, RecipeCLI, run_recipe
 from lit_scale.cli.flags import _validation_times
-from lit_scale.cli.folder import set_aside
 from lit_scale.cli.recipe import _python
 from lit_scale.cli.report import comparison_table, priced_alike
 from lit_scale.datamodules import TextDataModule
@@ -351,17 +350,6 @@ def test_a_second_run_moves_the_first_aside(run, capsys):
     assert not Path("runs/test_recipe/earlier-2").exists(), "a run that never starts moves nothing"
     run("--trainer.max_steps=3", "--ckpt_path=runs/test_recipe/earlier-1/checkpoints/last.ckpt")
     assert json.loads(Path("runs/test_recipe/earlier-2/result.json").read_text())["steps"] == 3
-
-
-def test_set_aside_needs_a_run(tmp_path):
-    (tmp_path / "config.yaml").write_text("")
-    (tmp_path / "checkpoints").mkdir()
-    assert set_aside(tmp_path, ("config.yaml", "checkpoints")) is None
-    (tmp_path / "earlier-9").mkdir()
-    (tmp_path / "earlier-than-that").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").write_text("")
-    assert set_aside(tmp_path, ("config.yaml", "checkpoints")) == tmp_path / "earlier-10"
-    assert sorted(path.name for path in (tmp_path / "earlier-10").iterdir()) == ["checkpoints", "config.yaml"]
 
 
 def test_the_name_is_that_of_the_file_unless_there_is_none(run, tmp_path):

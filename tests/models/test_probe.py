@@ -1,4 +1,5 @@
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -6,13 +7,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from lit_scale.cost import CostMeter
 from lit_scale.models import ProbeAtEnd, fine_tune, linear_probe
 from lit_scale.models.probe import solve
-from lit_scale.schedules import warmup_cosine
 from tests.support.data import CLASSES, Pictures, pictures
+from tests.support.equality import assert_same
 from tests.support.networks import build, tiny_mae
 from tests.support.training import quiet_trainer
 
@@ -62,40 +64,49 @@ def test_the_linear_probe_is_scikit_learns_on_the_models_features() -> None:
     assert accuracy > 2 / CLASSES  # brightness is the class, and any features tell it
 
 
-def test_fine_tuning_by_hand() -> None:
-    """A classifier of timm's with the encoder's weights, trained step by step, gives the same accuracy."""
-    import timm
-    from timm.optim import create_optimizer_v2
+def test_fine_tuning_of_the_head_alone_finds_what_scikit_learn_does() -> None:
+    """With hardly any rate below the head the features stay, and a classifier of them is a logistic regression."""
+    from sklearn.linear_model import LogisticRegression
 
-    model, data, steps = tiny_mae(), Data(), 12
+    model, data = tiny_mae(), Data()
+    accuracy = fine_tune(model, data, steps=200, lr=0.1, weight_decay=0.0, layer_decay=1e-6)
+    features = []
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        with torch.no_grad():
+            pairs = [(model.encoder.forward_features(x)[:, 1:].mean(1), y) for x, y in loader]  # as the paper pools
+        features.append([torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)])
+    (train, labels), (held_out, expected) = features
+    theirs = LogisticRegression(C=np.inf, tol=1e-8, max_iter=10_000).fit(train, labels)
+    assert accuracy == pytest.approx(theirs.score(held_out, expected), abs=1.5 / 32)  # of 32 one may lie on the line
+    assert accuracy > 2 / CLASSES
+
+
+def test_fine_tuning_takes_the_rates_of_the_papers_table_and_leaves_the_model_alone() -> None:
+    """Watched from torch: a warm-up and a half cosine, halved from each layer to the one before it."""
+    model, steps = tiny_mae(), 12
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    accuracy = fine_tune(model, data, steps=steps, lr=3e-3, layer_decay=0.5)
-    sizes = {"img_size": 8, "patch_size": 2, "depth": 2, "embed_dim": 16, "num_heads": 2}
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, global_pool="avg", fc_norm=False, **sizes)
-    network.load_state_dict(model.encoder.state_dict(), strict=False)
-    with torch.no_grad():
-        network.head.weight.zero_()
-        network.head.bias.zero_()
-    optimizer = create_optimizer_v2(network.train(), opt="adamw", lr=3e-3, weight_decay=0.05, layer_decay=0.5)
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
-    assert scales["patch_embed.proj.weight"] < scales["blocks.0.attn.qkv.weight"] < scales["head.weight"] == 1.0
-    peaks = [3e-3 * group["lr_scale"] for group in optimizer.param_groups]
-    loader = data.train_dataloader()
-    batches = [batch for _ in range(2) for batch in loader]
-    for step, (images, labels) in enumerate(batches[:steps]):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmup_cosine((step + 1) / (steps + 1), 0.05)
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-    with torch.no_grad():
-        right = [network.eval()(images).argmax(1) == labels for images, labels in data.val_dataloader()]
-    assert accuracy == pytest.approx(torch.cat(right).double().mean().item())
-    assert (
-        accuracy > 1.5 * torch.cat([y for _, y in data.val_dataloader()]).bincount().max() / 32
-    )  # of one guess for all
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # the copy was trained
+    seen: list[dict[tuple[int, ...], float]] = []
+    counts: set[int] = set()
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            assert {p.ndim > 1 and p.shape[0] != 1 for p in group["params"]} == {group["weight_decay"] == 0.05}
+        seen.append({tuple(p.shape): group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        counts.add(len({group["lr"] for group in optimizer.param_groups}))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        accuracy = fine_tune(model, Data(), steps=steps, lr=3e-3, layer_decay=0.5)
+    finally:
+        handle.remove()
+    done = [(step + 1) / (steps + 1) for step in range(steps)]
+    rates = [p / 0.05 if p < 0.05 else 0.5 * (1 + math.cos(math.pi * (p - 0.05) / 0.95)) for p in done]
+    assert [step[CLASSES, 16] for step in seen] == pytest.approx([3e-3 * rate for rate in rates])  # of the head
+    assert [step[16, 3, 2, 2] for step in seen] == pytest.approx([3e-3 / 8 * rate for rate in rates])  # of the patches
+    assert counts == {4}  # patches, two blocks, and the head
+    assert accuracy > 1.5 * torch.cat([y for _, y in Data().val_dataloader()]).bincount().max() / 32  # of one guess
+    assert_same(dict(model.state_dict()), before)  # the copy was trained
     assert not model.encoder.pos_embed.requires_grad
 
 

@@ -1,10 +1,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lit_scale.factors.blocks import find_blocks
-from lit_scale.nn import Encoder, EncoderBlock, FeedForward, PostNorm, PreNorm, Residual, normal_init
+from lit_scale.nn import Encoder, EncoderBlock, PostNorm, PreNorm, normal_init
 
 B, T, C, H = 3, 7, 24, 4
 
@@ -77,36 +76,10 @@ def test_with_some_blocks_active_it_is_the_encoder_of_these(options):
     )
 
 
-def test_feedforward_is_two_maps_and_an_exact_gelu():
-    part, x = FeedForward(C, 50), torch.randn(B, T, C)
-    expected = F.linear(F.gelu(F.linear(x, part.up.weight, part.up.bias)), part.down.weight, part.down.bias)
-    torch.testing.assert_close(part(x), expected)
-
-
-def test_hidden_width_and_its_default():
-    assert EncoderBlock(C, H).feedforward.up.out_features == 4 * C
-    assert EncoderBlock(C, H, hidden=10).feedforward.up.out_features == 10
-
-
-def test_only_pre_norm_ends_in_a_norm():
-    assert isinstance(Encoder(1, C, H).norm, nn.LayerNorm)
-    assert not list(Encoder(1, C, H, residual=PostNorm).norm.parameters())
-
-
 def test_dropout_is_for_training_only():
     encoder, x = Encoder(2, C, H, dropout=0.5), torch.randn(B, T, C)
     assert not torch.equal(encoder(x), encoder(x))
     assert torch.equal(encoder.eval()(x), encoder(x))
-
-
-def test_a_residual_scheme_is_a_replaceable_part():
-    class Half(Residual):
-        def forward(self, x, sublayer):
-            return x + 0.5 * self.drop(sublayer(self.norm(x)))
-
-    assert all(isinstance(m, Half) for m in Encoder(1, C, H, residual=Half).modules() if isinstance(m, Residual))
-    with pytest.raises(TypeError, match="Residual does not say how"):
-        Encoder(1, C, H, residual=Residual)(torch.randn(B, T, C))
 
 
 def test_initialisation_sees_each_block_and_the_depth():
