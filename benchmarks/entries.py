@@ -87,8 +87,8 @@ ENTRIES = {
             "gpt_sequence_length_warmup",
             "text_clm",
             Control(
-                "a quarter of the length until the last twentieth",
-                flags=flags("sequence_length_warmup", stages="[[0.0,0.25],[0.95,1.0]]"),
+                "half of the length until the last tenth",
+                flags=flags("sequence_length_warmup", stages="[[0.0,0.5],[0.9,1.0]]"),
             ),
         ),
         Entry("eight_bit_optimizer", "gpt_eight_bit_optimizer", "text_clm", NONE, relative_cost=1.2),
