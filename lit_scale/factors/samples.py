@@ -1,7 +1,7 @@
-"""Samples: training steps on part of a batch.
+"""Samples: the base class of techniques that train on part of a batch.
 
-Techniques that choose samples ask a module for one method, ``per_sample_loss(batch) -> (B,)``, of which its
-``training_step`` returns the mean.
+The module must have a method ``per_sample_loss(batch) -> (B,)``, and its ``training_step`` must return the mean of
+these losses.
 """
 
 from __future__ import annotations
@@ -44,46 +44,51 @@ that returns them; add one, and let training_step return its mean:
 
 
 class SampleChoice(Technique):
-    """A technique that trains on part of the samples it is given.
+    """A technique that trains on part of the samples of a batch.
 
-    A subclass says what a training step does with its batch (:meth:`train`), and, where a loader can be asked ahead, of
-    how many samples it chooses (:meth:`samples`). All ranks take equally many. Random choices are a function of
-    (seed, rank, batch counter).
+    A subclass defines what a training step does with its batch (:meth:`train`). For loaders that take a plan it can
+    also define how many samples a batch has (:meth:`samples`). All ranks train the same number of samples. Random
+    choices are a function of (seed, rank, batch counter).
 
     Raises:
-        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message holds one. With the first batch,
-            where losses are to be weighed and the module's ``training_step`` does not ask for them.
+        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message shows an example. At the first
+            batch, if losses are to be weighted and the module's ``training_step`` does not call ``per_sample_loss``.
     """
 
     factor = "samples"
-    weighs = False  # losses, in some step; so that every step has to ask for them
-    trained = (0, False)  # how many samples the latest step has trained, and whether it has weighed them
-    _loader: Any = None  # one that can be asked ahead
-    _ended = False  # training has; steps are only replayed
-    _weights: Tensor | None = None  # of the samples that are trained right now, (b,)
-    _asked = False  # the training step has asked for their losses
+    weighs = False  # whether losses are weighted in some steps; then every step must call per_sample_loss
+    trained = (0, False)  # number of samples that the latest step trained, and whether their losses were weighted
+    _loader: Any = None  # the loader, if it takes a plan
+    _ended = False  # training has ended; steps are only replayed by the clock
+    _weights: Tensor | None = None  # weights of the samples that are being trained, (b,)
+    _asked = False  # whether the current training step has called per_sample_loss
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     @abstractmethod
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
-        """What the training step returns.
+        """Make the training step and return its output.
 
         Args:
             trainer: The Trainer.
             pl_module: Its module.
-            step: The module's own step; call it once, with a batch of as many samples on all ranks.
-            batch: All samples.
+            step: The module's own step; call it once, with the same number of samples on all ranks.
+            batch: The whole batch.
         """
 
     def samples(self, number: int, count: int) -> int:
-        """How many samples the loader takes for a batch, by its number since the run began, in place of ``count``."""
+        """Number of samples that the loader takes for a batch instead of ``count``.
+
+        Args:
+            number: Number of the batch since the run began.
+            count: Samples of the batch without the technique.
+        """
         return count
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand around the training step."""
+        """Wrap the training step."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -110,20 +115,20 @@ class SampleChoice(Technique):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the loader for more samples, if it can be asked."""
+        """Install the plan in a loader that takes one."""
         loader: Any = trainer.train_dataloader
         if type(self).samples is not SampleChoice.samples and getattr(loader, "takes_plan", False):
             self._loader, before = loader, loader.plan
             loader.plan = functools.partial(self._plan, before)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the loader as it was; from now on steps are only replayed."""
+        """Remove the plan from the loader; from now on steps are only replayed."""
         self._ended = True
         if self._loader is not None:
             self._loader.plan = None
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave loader and module as they were."""
+        """Restore loader and module."""
         super().detach(trainer, pl_module)
         if self._loader is not None:
             self._loader.plan = None
@@ -136,21 +141,22 @@ class SampleChoice(Technique):
     # -- what subclasses use ------------------------------------------------------------------------------------------
 
     def number(self, trainer: Trainer) -> int:
-        """The number of the batch at work, since the run began."""
+        """The number of the current batch since the run began."""
         if self._loader is None:
             return trainer.fit_loop.total_batch_idx
         position = self._loader.state_dict()
         return position["epoch"] * position["length"] + position["batches"] - 1
 
     def generator(self, trainer: Trainer, seed: int) -> torch.Generator:
-        """Of this batch's random choices, the same on every device and whenever the run was resumed."""
+        """A CPU generator for the current batch, seeded by (seed, rank, batch counter)."""
         counter = trainer.fit_loop.total_batch_idx
         return torch.Generator().manual_seed(derive_seed(seed, trainer.global_rank, counter))
 
     def weighted(self, step: Step, batch: Any, weights: Tensor) -> Any:
-        """The module's own step, with the losses of its samples multiplied by ``weights`` (b,).
+        """Make the module's own step, with the losses of its samples multiplied by ``weights`` (b,).
 
-        For a subclass with ``weighs = True``: a module that goes around its losses is refused with the first batch.
+        The subclass must set ``weighs = True``, so that a module whose step does not call ``per_sample_loss`` is
+        refused at the first batch.
         """
         self._weights = weights
         try:
@@ -171,7 +177,7 @@ class SampleChoice(Technique):
 
 
 def round_share(share: float, count: int) -> int:
-    """A share of so many samples: a whole number, at least one.
+    """A share of ``count`` samples, rounded to a whole number of at least 1.
 
     Example:
         >>> round_share(0.1, 160), round_share(0.1, 3)
