@@ -72,13 +72,13 @@ def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor
 
 
 class ImportanceSampling(SampleChoice):
-    """Trains on the samples of a larger batch that move the weights most, while that pays.
+    """Trains on the samples of a larger batch with the largest gradients, while that pays.
 
-    As long as the gate is closed a step is the plain one, and every ``look_every``-th notes the gradients of its own
-    output, from which tau is told. When tau says that choosing pays, the loader is asked for ``presample`` times as
-    many samples; one forward pass without dropout and activations scores them, and as many as ever are trained.
+    While the gate is closed, steps are plain, and every ``look_every``-th step computes tau from the gradients at its
+    output. When tau exceeds the threshold, the gate opens: the loader is asked for ``presample`` times as many samples,
+    a forward pass without dropout scores them without keeping activations, and the usual number is drawn and trained.
 
-    The module needs ``per_sample_loss(batch) -> (B,)``, of which ``training_step`` returns the mean.
+    The module needs ``per_sample_loss(batch) -> (B,)``, and its ``training_step`` must return the mean of these losses.
 
     A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that takes a plan, as those of our data
     modules do, is asked for larger batches while the gate is open. Workers prepare batches in advance, so a decision

@@ -84,7 +84,7 @@ class Ledger:
         return sum(seconds for _, seconds, _ in charges), sum(flops for _, _, flops in charges)
 
     def seconds_each(self, key: Key) -> float:
-        """Seconds of one step of a kind: by replay, else the median during the run; plus the median wait for a batch."""
+        """Seconds of a step of a kind: by replay, else the median during the run; plus the median wait for a batch."""
         timings = self.timings.get(key, [])
         timed = timings[_WARM:] or timings
         step = self.calibrated.get(key) or (statistics.median(timed) if timed else 0.0)

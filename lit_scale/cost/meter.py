@@ -49,8 +49,9 @@ class CostMeter(Callback):
     for bit. If steps cannot be replayed (several processes, manual optimization, a step that fails outside of the loop)
     the price of a kind is the median of its timings during the run.
 
-    With several processes, ``steps`` are those of one rank; samples, tokens and FLOPs are sums over ranks, and
-    reference seconds are the mean. When a run is resumed, every rank continues from the counts of rank 0.
+    With several processes, ``steps`` are those of one rank; samples, tokens, FLOPs and the counts of ``step_kinds`` are
+    sums over ranks, and reference seconds are the mean. When a run is resumed, every rank continues from the counts of
+    rank 0.
 
     Reference seconds of two runs that were made at different times cannot be compared, because the speed of the machine
     may differ. Costs in *plain steps* can, since all kinds of a run are timed in turn. In the record,
@@ -140,7 +141,7 @@ class CostMeter(Callback):
     # -- counting -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse callbacks in which a technique comes after the meter, and would change steps after they are counted."""
+        """Refuse a technique that comes after the meter: it would change steps after they are counted."""
         order = [c for c in callbacks_of(trainer, Callback) if isinstance(c, Technique | CostMeter)]
         if stage == "fit" and isinstance(order[-1], Technique):
             raise ValueError(f"callbacks: put CostMeter behind {type(order[-1]).__name__}, whose steps it counts")
