@@ -1,4 +1,4 @@
-"""What the stored runs of a task say of a technique: the numbers of its row."""
+"""Computes the results of a technique, which are the numbers of its row, from the stored runs of its task."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tasks import Task
 
 __all__ = ["analyse", "envelope", "envelope_size", "plain_points", "price_of"]
 
-TUNING = 1_000  # seeds from here on are not reported
+TUNING = 1_000  # runs with this seed or a larger one are for tuning, and are not reported
 
 
 def price_of(store: Store, size: str) -> float:
-    """A step of this size in steps of the unit."""
+    """Price of a step of this size, in steps of the unit."""
     return float(store.data["prices"]["sizes"][size]["price"])
 
 
@@ -39,24 +39,24 @@ def plain_points(store: Store, task: Task) -> dict[tuple[str, int], dict[int, di
 
 
 def complete(points: Mapping[tuple[str, int], Mapping[int, Any]], task: Task) -> dict[tuple[str, int], Any]:
-    """Those with all seeds."""
+    """The points that have runs of all seeds."""
     return {key: runs for key, runs in points.items() if set(task.seeds) <= set(runs)}
 
 
 def mean(runs: Iterable[dict[str, Any]], task: Task, split: str) -> float:
-    """Mean loss."""
+    """Mean loss of runs on a split."""
     return statistics.mean(run[split][task.metric] for run in runs)
 
 
 def cost_of(run: dict[str, Any], store: Store, clock: str) -> float:
-    """Of a run: in steps of the unit, or in FLOPs."""
+    """Cost of a run: in FLOPs if ``clock`` is ``"flops"``, else in steps of the unit."""
     if clock == "flops":
         return float(run["flops"])
     return float(run["own_steps"]) * price_of(store, run["size"])
 
 
 def curve_of(points: Mapping[tuple[str, int], Mapping[int, Any]], task: Task, store: Store, clock: str) -> Curve | None:
-    """A curve through these points, which all have the same seeds."""
+    """The curve through these points, which all have the same seeds; None if there are none."""
     chosen = sorted(points, key=lambda key: cost_of(points[key][task.seeds[0]], store, clock))
     if not chosen:
         return None
@@ -68,13 +68,13 @@ def curve_of(points: Mapping[tuple[str, int], Mapping[int, Any]], task: Task, st
 
 
 def envelope(store: Store, task: Task, clock: str = "cost") -> Curve | None:
-    """The lower envelope over sizes and lengths: chosen on the validation split, told on the test split."""
+    """The lower envelope over sizes and lengths: chosen on the validation split, reported on the test split."""
     points = complete(plain_points(store, task), task)
     candidates = [
         (key, cost_of(runs[task.seeds[0]], store, clock), mean(runs.values(), task, "val"))
         for key, runs in points.items()
     ]
-    # costs within a few percent are those of one budget
+    # costs that differ by a few percent belong to one budget
     names = {str(number): key for number, (key, _, _) in enumerate(candidates)}
     rounded = [
         (str(number), math.exp(round(math.log(cost) / 0.1) * 0.1), loss)
@@ -85,7 +85,7 @@ def envelope(store: Store, task: Task, clock: str = "cost") -> Curve | None:
 
 
 def same_network(store: Store, task: Task, size: str, clock: str = "cost") -> Curve | None:
-    """The curve of one size."""
+    """The curve of one network size."""
     points = complete(plain_points(store, task), task)
     return curve_of({key: runs for key, runs in points.items() if key[0] == size}, task, store, clock)
 
@@ -103,13 +103,13 @@ def envelope_size(store: Store, task: Task) -> str:
 
 
 def price_error(store: Store, one: str, other: str) -> float:
-    """Standard deviation of the logarithm of the price of one size in steps of another."""
+    """Standard deviation of the logarithm of the price ratio of two sizes."""
     sizes = store.data["prices"]["sizes"]
     return 0.0 if one == other else math.hypot(sizes[one]["log_sd"], sizes[other]["log_sd"])
 
 
 def technique_runs(store: Store, task: Task, size: str, chosen: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The runs that are reported, by seed."""
+    """The technique's runs that are reported, by seed."""
     return {
         run["seed"]: run
         for run in store.runs
@@ -121,7 +121,7 @@ def technique_runs(store: Store, task: Task, size: str, chosen: Mapping[str, Any
 
 
 def analyse(task: Task, entry: Entry, plain: Store, store: Store) -> dict[str, Any]:
-    """The row of a technique, for each of its networks, and of the headline network on top."""
+    """Results of a technique: those of its headline network at the top level, and of each network in ``networks``."""
     networks = {
         name: of_network(task, plain, store, name, *network)
         for name, network in store.data.get("networks", {}).items()
@@ -138,7 +138,7 @@ def analyse(task: Task, entry: Entry, plain: Store, store: Store) -> dict[str, A
 
 
 def of_network(task: Task, plain: Store, store: Store, name: str, size: str, budget: float) -> dict[str, Any]:
-    """Savings, loss at equal cost and control of a technique on one network."""
+    """Savings, loss at equal cost, and comparison with the static control, on one network."""
     chosen = store.data["chosen"][name]
     runs = technique_runs(store, task, size, chosen)
     result: dict[str, Any] = {"size": size, "budget": budget, "seeds": sorted(runs)}
@@ -181,7 +181,7 @@ def of_network(task: Task, plain: Store, store: Store, name: str, size: str, bud
 
 
 def tried_plain(plain: Store, size: str) -> int:
-    """How many rates the plain network was tried with."""
+    """Number of learning rates that the plain network was tried with."""
     own = [r for r in plain.runs if r["size"] == size and r["seed"] >= TUNING and not r["flags"] and not r["again"]]
     return len({run["lr"] for run in own})
 
@@ -189,7 +189,7 @@ def tried_plain(plain: Store, size: str) -> int:
 def of_control(
     task: Task, plain: Store, store: Store, name: str, technique: Mapping[int, tuple[float, float]]
 ) -> dict[str, Any]:
-    """How far the technique's loss lies above its control's at about the same cost, seed by seed."""
+    """The technique's loss minus that of its static control at about the same cost, paired by seed."""
     control = store.data.get("control", {}).get(name)
     if control is None:
         return {"about": "none", **Estimate(None, None, None, "it has none on this network").as_dict()}
@@ -222,10 +222,10 @@ def of_control(
 
 
 def wall_saving(task: Task, plain: Store, store: Store) -> dict[str, Any]:
-    """The saving in raw wall seconds, from pairs of runs that were made at the same time; else the reason.
+    """The saving in wall seconds, from pairs of runs that were made at the same time; or the reason why there is none.
 
-    The plain run of a pair tells what a step of the plain network took then, and the curve of the network how many
-    steps it needs for the technique's loss.
+    The plain run of a pair gives the wall time of a plain step at that time. The curve of the network gives the number
+    of plain steps for the technique's loss.
     """
     headline = store.data.get("headline", "")
     if headline not in store.data.get("chosen", {}):
@@ -238,7 +238,7 @@ def wall_saving(task: Task, plain: Store, store: Store) -> dict[str, Any]:
     if curve is None or len(seeds) < 2:
         return Estimate(None, None, None, "no pairs of runs at the same time were made").as_dict()
     price = price_of(plain, size)
-    spent = {  # in steps of the unit, as the plain run of the pair prices them in wall time
+    spent = {  # in steps of the unit: wall seconds divided by those of a plain step in the same pair
         seed: own[seed]["wall_seconds"] / beside[seed]["wall_seconds"] * beside[seed]["steps"] * price for seed in seeds
     }
     found = saving({seed: (spent[seed], own[seed]["test"][task.metric]) for seed in seeds}, curve)

@@ -1,15 +1,14 @@
-"""Whether the stored results belong to the present code, and whether the pages say what is stored.
+"""Checks that the stored results were made with the present code, and that the pages agree with them.
 
-    python benchmarks/check.py                     # tell; exit status 1 if a page or a result is not what the runs give
+    python benchmarks/check.py                     # exit status 1 if a page or a result disagrees with the stored runs
     python benchmarks/check.py --strict            # ... or if a run was made with other code
-    python benchmarks/check.py --verify            # make one run of each stale group again, the cheapest
+    python benchmarks/check.py --verify            # repeat the cheapest run of each stale group
     python benchmarks/check.py --verify text_mlm.plain token_dropping.text_mlm
 
-Every run keeps a digest of the code that it trained with. Code that has changed need not have changed what a run
-learns: ``--verify`` makes the cheapest run of each stale group again, and if its losses are the same to the last bit,
-the group counts as current, and the file keeps a note of that. A run tells of the code it goes through, not of all;
-after a change that only other settings would notice, make the results anew. Do not verify while ``clock.py`` writes the
-same files.
+Every run is stored with a digest of the code that it trained with. A change of the code may leave the outcome of a run
+unchanged. So ``--verify`` repeats the cheapest run of each stale group; if its losses are the same to the last bit, the
+group counts as current, and a note is stored in the file. This covers only the code that this run executes. After a
+change that affects other settings only, make the results again. Do not verify while ``clock.py`` writes the same files.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ class Group:
     """Runs of one file that were made with the same code.
 
     Attributes:
-        store: Their file.
-        recipe: Whose runs they are.
-        technique: Whether they are runs with a technique.
-        code: Digest of the code that they were made with.
-        runs: Their entries.
+        store: The file.
+        recipe: Name of the recipe that made the runs.
+        technique: Whether the runs use a technique.
+        code: Digest of the code that the runs were made with.
+        runs: Entries of the runs.
     """
 
     store: Store
@@ -63,17 +62,17 @@ class Group:
 
     @property
     def present(self) -> str:
-        """Digest of the code that they would be made with now; of a recipe that is gone, that."""
+        """Digest of the present code for these runs; ``"of no recipe"`` if the recipe no longer exists."""
         gone = not (ROOT / "recipes" / f"{self.recipe}.py").exists()
         return "of no recipe" if gone else code_digest(self.recipe, self.technique)
 
     @property
     def stale(self) -> bool:
-        """Whether the code has changed since."""
+        """Whether the code has changed since the runs were made."""
         return self.code != self.present
 
     def __str__(self) -> str:
-        """One line."""
+        """A description in one line."""
         what = f"{len(self.runs)} {'technique' if self.technique else 'plain'} run{'s' if len(self.runs) > 1 else ''}"
         days = sorted({run["date"] for run in self.runs})
         told = f"{self.store.path.stem}: {what} of {self.recipe}, {' to '.join(dict.fromkeys((days[0], days[-1])))}: "
@@ -96,7 +95,7 @@ def groups(folder: Path) -> Iterator[Group]:
 
 
 def recipe_of(store: Store, entry: dict[str, Any]) -> str:
-    """The recipe that made a run: a plain run's is the task's, and a control may be the run of another technique."""
+    """Name of the recipe of a run: the task's for a plain run; a control may have the recipe of another technique."""
     if entry["technique"] is None:
         return tables.KNOWN[store.data["task"]].recipe
     known = ENTRIES.get(store.path.stem)
@@ -106,7 +105,7 @@ def recipe_of(store: Store, entry: dict[str, Any]) -> str:
 
 
 def run_of(group: Group, entry: dict[str, Any]) -> Run:
-    """The run that an entry was made by."""
+    """The run that belongs to an entry."""
     technique = None if entry["technique"] is None else tuple(entry["technique"])
     task = tables.KNOWN[group.store.data["task"]]
     where = (task, entry["size"], entry["steps"], entry["lr"], entry["seed"], group.recipe)
@@ -114,7 +113,7 @@ def run_of(group: Group, entry: dict[str, Any]) -> Run:
 
 
 def verify(group: Group, runner: Runner) -> str:
-    """Make the cheapest run of a stale group again; if nothing differs, the group is current. What came of it."""
+    """Repeat the cheapest run of a stale group, and mark the group as current if all losses agree; return a message."""
     cheapest = min(group.runs, key=lambda entry: entry["flops"])
     run = run_of(group, cheapest)
     again = runner.make(run)
@@ -132,7 +131,7 @@ def verify(group: Group, runner: Runner) -> str:
 
 
 def unlike_their_runs(folder: Path) -> Iterator[str]:
-    """Stored results that are not what their runs and the plain runs give."""
+    """Messages on stored results that differ from those computed from the stored runs."""
     for one in tables.measured(folder):
         entry = ENTRIES.get(one.name)
         if entry is None:
@@ -142,13 +141,13 @@ def unlike_their_runs(folder: Path) -> Iterator[str]:
 
 
 def again(one: tables.Measured, entry: Entry) -> dict[str, Any]:
-    """A technique's result from its runs, as a file would hold it."""
+    """The result of a technique computed from its runs, in the form of the stored one."""
     found: dict[str, Any] = json.loads(json.dumps(analyse(one.task, entry, one.plain, one.store)))
     return found
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal but for what rounding does on another machine.
+    """Whether two values are equal, up to rounding errors that differ between machines.
 
     >>> same({"a": [1.0, "x"]}, {"a": [1.0 + 1e-9, "x"]}), same({"a": 1.0}, {"a": 1.01})
     (True, False)
@@ -164,12 +163,12 @@ def same(one: Any, other: Any) -> bool:
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strict", action="store_true", help="runs of other code are an error")
+    parser.add_argument("--strict", action="store_true", help="treat runs of other code as an error")
     parser.add_argument(
-        "--verify", nargs="*", metavar="NAME", help="make one run of each stale group again (of all files)"
+        "--verify", nargs="*", metavar="NAME", help="repeat one run of each stale group (of all files by default)"
     )
-    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="that runs again are made on")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "verify", help="where runs in progress are kept")
+    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="core for repeated runs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "verify", help="folder of runs in progress")
     options = parser.parse_args(args)
     folder = tables.RESULTS
     if options.verify is not None:

@@ -1,12 +1,14 @@
-"""The clock: what each technique saves, against the same network, the best plain network of any size, and its control.
+"""Measures the saving of each technique against the same network, the best plain network of any size, and its control.
 
     python benchmarks/clock.py plain text_mlm               # the plain runs of a task: prices, rates, ladder, envelope
     python benchmarks/clock.py technique token_dropping.text_mlm
-    python benchmarks/clock.py all                          # everything that is not there yet
-    python benchmarks/clock.py list                         # what is there, and what is missing
+    python benchmarks/clock.py all                          # all tasks and techniques, without runs that are stored
+    python benchmarks/clock.py list                         # the number of stored runs, and what is not complete
+    python benchmarks/clock.py analyse token_dropping.text_mlm  # compute the result again from the stored runs
 
-Runs are stored one by one in benchmarks/results; what was interrupted goes on where it stopped. Rates, sizes and
-variants are chosen on the validation split with seeds from 1,000 on; reported are seeds 1 to 5 on the test split.
+Runs are stored one by one in benchmarks/results, and an interrupted run continues from its last checkpoint. Rates,
+sizes and variants are chosen on the validation split with seeds from 1,000 on; seeds 1 to 5 are reported, on the test
+split.
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ from tasks import TASKS, Task  # noqa: E402
 
 from runs import Run, Runner, steps_of  # noqa: E402
 
-TUNING_SEED = 1_000  # and beyond: none of those that are reported
-CLOSE = 1.06  # a size whose loss is this far above the best one's is not followed to budgets that suit it even less
+TUNING_SEED = 1_000  # this and larger seeds are not reported
+CLOSE = 1.06  # sizes with a loss above this multiple of the best one are not run at budgets that suit them even less
 
 
 class Sweep:
-    """The runs of a task, of plain networks and of techniques, made or found.
+    """The runs of a task, of plain networks and of techniques; runs that are not stored yet are made.
 
     Args:
         task: The task.
-        runner: Who makes them.
-        results: Folder of the files of results.
+        runner: Makes the runs.
+        results: Folder of the result files.
     """
 
     def __init__(self, task: Task, runner: Runner, results: Path) -> None:
@@ -57,12 +59,12 @@ class Sweep:
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def plain_run(self, size: str, budget: float, lr: float, seed: int, flags: tuple[str, ...] = ()) -> Run:
-        """Of a network of the ladder, for a budget in steps of the unit."""
+        """A plain run of a network of the ladder, for a budget in steps of the unit."""
         steps = steps_of(budget, price_of(self.plain, size))
         return Run(self.task, size, steps, lr, seed, self.task.recipe, None, flags)
 
     def made(self, store: Store, runs: Iterable[Run]) -> list[dict[str, Any]]:
-        """Entries of these runs, in their order."""
+        """Entries of these runs, in their order; missing runs are made."""
         runs = list(dict.fromkeys(runs))
         missing = [run for run in runs if store.find(run) is None]
         self.runner.make_all(missing, store.add)
@@ -71,13 +73,13 @@ class Sweep:
         return [entry for entry in found if entry is not None]
 
     def loss(self, entry: dict[str, Any], split: str = "val") -> float:
-        """What is compared."""
+        """The task's metric on a split."""
         return float(entry[split][self.task.metric])
 
     def tuned(self, store: Store, runs: Mapping[str, Run], rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """The rate with the least validation loss for each of several runs, which are tuned side by side.
+        """The learning rate with the lowest validation loss for each of several runs, which are tuned together.
 
-        Where the best is the lowest or the highest that was tried, the next beyond it is tried too.
+        While the best rate is the lowest or the highest one tried, the next one beyond it is tried.
         """
         tried: dict[str, dict[float, float]] = {name: {} for name in runs}
         todo = [(name, lr) for name in runs for lr in rates[name]]
@@ -96,16 +98,16 @@ class Sweep:
     # -- plain networks -----------------------------------------------------------------------------------------------
 
     def prices(self) -> None:
-        """Measure what a step of each size costs, once: budgets are told in them."""
+        """Measure the price of a step of each size, once; budgets are in steps of the unit."""
         if "prices" in self.plain.data and set(self.plain.data["prices"]["sizes"]) == set(self.task.sizes):
             return
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose threads and core are its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # with its own threads and core
             self.plain.data["prices"] = pool.submit(measure, self.task, core=self.runner.cores[0]).result()
         self.plain.data["task"] = self.task.name
         self.plain.save()
 
     def make_plain(self) -> None:
-        """Tune each size, look along the ladder with one seed, and give the points that matter five."""
+        """Tune each size, run the ladder with one seed, and run the points near the envelope with all seeds."""
         task, store = self.task, self.plain
         self.prices()
         budgets = {size: task.trained[1] if size == task.trained[0] else task.headline for size in task.sizes}
@@ -131,13 +133,13 @@ class Sweep:
         size, trained = task.trained
         points |= {(size, budget) for budget in task.budgets if trained / 2.2 <= budget <= trained * 2.2}
         self.make_points(points)
-        # the batch size is part of the tuned baseline
+        # the batch size of the baseline is tuned too
         batches = {str(batch): self.other_batch(center, rates[center], batch) for batch in task.batches}
         self.tuned(store, batches, {str(b): [rates[center] * 2**power for power in (-1, 0, 1)] for b in task.batches})
         store.save()
 
     def make_points(self, points: Iterable[tuple[str, int]]) -> None:
-        """Five seeds of each size at each budget, at a rate that was tuned for that length."""
+        """Make runs of all seeds for each (size, budget), at a learning rate that is tuned for that length."""
         points, rates = sorted(points), self.plain.data["rates"]
         runs = {self._point(*point): self.plain_run(*point, rates[point[0]], TUNING_SEED) for point in points}
         known = self.plain.data.setdefault("point_rates", {})
@@ -152,11 +154,11 @@ class Sweep:
         return f"{size}@{self.plain_run(size, budget, 1.0, 0).steps}"
 
     def rate(self, size: str, budget: float) -> float:
-        """The rate that was tuned for a size at a budget, else at the headline budget."""
+        """The learning rate that was tuned for a size at a budget, else the one tuned for the size."""
         return self.plain.data.get("point_rates", {}).get(self._point(size, budget), self.plain.data["rates"][size])
 
     def other_batch(self, size: str, lr: float, batch: int) -> Run:
-        """A plain run of another batch size with as many samples: about the same cost."""
+        """A plain run of another batch size with the same number of samples, so at about the same cost."""
         run = self.plain_run(size, self.task.headline * self.task.batch_size / batch, lr, TUNING_SEED)
         return replace(run, flags=(f"--data.batch_size={batch}",))
 
@@ -174,7 +176,7 @@ class Sweep:
         store.data |= {"technique": entry.technique, "recipe": entry.recipe, "task": task.name, "kind": entry.kind}
         headline = "trained" if task.judged_on == "trained" else "envelope"
         networks = {"envelope": (envelope_size(self.plain, task), task.headline), "trained": task.trained}
-        if entry.suffix:  # a network of its own, which the ladder holds under this ending
+        if entry.suffix:  # it needs networks of a special kind, whose names end with this
             networks = {name: own for name, own in networks.items() if own[0].endswith(entry.suffix)}
         networks = {
             name: (size, budget)
@@ -226,7 +228,7 @@ class Sweep:
         lr: float | None = None,
         recipe: str = "",
     ) -> Run:
-        """A run that costs about the budget; how much its step costs a short run tells first."""
+        """A run that costs about the budget; the cost of its steps is measured by a short run first."""
         rate = self.rate(size, budget) if lr is None else lr
         price = price_of(self.plain, size)
         steps = steps_of(budget / 20, price * entry.relative_cost)
@@ -259,7 +261,7 @@ class Sweep:
         store.data.setdefault("control", {})[name] = kept | {"flags": list(flags)}
 
     def _make_pairs(self, store: Store, entry: Entry, size: str, budget: float, name: str) -> None:
-        """The technique's runs once more, each at the same time as the plain run of the same seed, for wall time."""
+        """Repeat the technique's runs, each at the same time as the plain run of the same seed, for wall time."""
         chosen = store.data["chosen"][name]
         beside = f"{entry.technique}{entry.kind and '-'}{entry.kind}"
         pairs = []
@@ -274,7 +276,7 @@ class Sweep:
             self.runner.make_pairs(pairs, store.add)
 
     def finish(self, entry: Entry, store: Store) -> None:
-        """What the runs say, stored beside them."""
+        """Compute the result from the runs, and store it with them."""
         store.data["result"] = analyse(self.task, entry, self.plain, store)
         store.data["date"] = date.today().isoformat()
         store.data["command"] = f"python benchmarks/clock.py technique {entry.name}"
@@ -326,7 +328,7 @@ def main() -> None:
 
 
 def listing(folder: Path, tasks: Mapping[str, Task], entries: Mapping[str, Entry]) -> None:
-    """What is there."""
+    """Print the number of stored runs of each task and technique."""
     for task in tasks.values():
         store = Store(folder / f"{task.name}.plain.json")
         minutes = sum(entry["wall_seconds"] for entry in store.runs) / 60

@@ -1,7 +1,7 @@
-"""Which technique is measured on which task, with which settings, and what its static control is.
+"""The measurements of techniques: the task, the settings and the static control of each.
 
-A static control is what a person would do in place of the technique without any schedule or choice: a network that is
-simply smaller, or as many samples or tokens taken at random.
+A static control is the technique without its schedule or choice: for example a network that is smaller from the start,
+or the same number of samples or tokens chosen at random.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["ENTRIES", "Control", "Entry"]
 
 @dataclass(frozen=True)
 class Control:
-    """What a technique is compared with beside plain networks, at equal cost.
+    """The static control of a technique, at equal cost. At most one of the first three ways below is used.
 
     Attributes:
-        about: In words.
-        size: A plain network of the task's ladder, by the size of the technique's network.
-        batch_size: Or a plain run with batches of this size: as many samples as the technique trains, taken at random.
-        flags: Or a run of the technique's recipe with these flags in place of the entry's.
-        recipe: Of another recipe, if these flags are another's.
+        about: A description.
+        size: A smaller plain network: its name in the task's ladder, by the size of the technique's network.
+        batch_size: A plain run with this batch size: as many samples as the technique trains, chosen at random.
+        flags: A run of the technique's recipe with these flags instead of the entry's.
+        recipe: The recipe that ``flags`` are for, if it is another one.
     """
 
     about: str
@@ -36,16 +36,16 @@ class Entry:
     """A row of the table.
 
     Attributes:
-        technique: Stem of its callback, card and file of results.
-        recipe: Its script.
-        task: Its task.
-        control: Its static control.
-        flags: Of the technique, where they differ from the recipe's defaults.
-        variants: Other settings that validation may prefer, by name.
-        least_depth: Blocks that the technique needs; on smaller networks it is not judged.
-        relative_cost: About how much its step costs beside the plain one's, for the first short run that measures it.
-        suffix: Ending of the names of the ladder's networks that it works on, if only some have what it needs.
-        kind: Tells two entries of one technique and task apart.
+        technique: Name of the technique: stem of its callback, its card and its result file.
+        recipe: Name of the recipe.
+        task: Name of the task.
+        control: The static control.
+        flags: Flags of the technique that differ from the recipe's defaults.
+        variants: Other settings, by name, among which the validation split chooses.
+        least_depth: Smallest number of blocks of a network on which the technique is measured.
+        relative_cost: Rough cost of its step relative to the plain one, for the short run that measures it.
+        suffix: Suffix of the names of the networks that the technique can use; empty for all.
+        kind: Distinguishes two entries of one technique and task.
     """
 
     technique: str
@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of its file of results."""
+        """Name of the result file."""
         return ".".join([self.technique, self.task, *([self.kind] if self.kind else [])])
 
 

@@ -1,13 +1,13 @@
-"""What a technique is worth, from runs of several seeds: savings at equal loss and loss at equal cost, with intervals.
+"""Estimates from runs of several seeds: savings at equal loss and loss at equal cost, with intervals.
 
-A *curve* joins plain runs of several lengths, each with a schedule of its own that ends at zero, linearly in the
-logarithm of cost. The curve of one network answers the papers' question: the same network, sooner. The *envelope* is
-the lower envelope of the curves of all sizes: the best plain network for each cost.
+A *curve* connects plain runs of several lengths, each with a schedule that ends at zero, linearly in the logarithm of
+cost. The curve of one network answers the papers' question: how much sooner does the same network reach a loss? The
+*envelope* is the lower envelope over all sizes: the best plain network for each cost.
 
-All statements rest on differences between runs of one seed: the technique's loss minus that of the same seed's plain
-runs, interpolated to the cost that is compared. The runs of one seed share their initial weights and data, so that what
-the seed does to all lengths cancels. The interval is Student's over the seeds; the error of prices that all seeds
-share is added in quadrature.
+All estimates are based on differences between runs of the same seed: the technique's loss minus the loss of plain runs
+of that seed, interpolated to the same cost. Runs of one seed share their data and the seed of their initial weights, so
+effects of the seed that are common to all lengths cancel. Intervals are Student's over the seeds; the error of prices,
+which all seeds share, is added in quadrature.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Estimate:
     reason: str = ""
 
     def as_dict(self) -> dict[str, float | str | None]:
-        """For a file of results, rounded to what means something."""
+        """As a dict for a result file, with rounded values."""
         return {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 def interval(values: Sequence[float], shared: float = 0.0) -> tuple[float, float, float]:
-    """Mean of a value of each seed, with Student's 95% interval.
+    """Mean over seeds, with Student's 95% interval.
 
     Args:
-        values: One of each seed, at least two.
+        values: A value for each seed, at least two.
         shared: Standard deviation of an error that is the same for all seeds.
 
     >>> mean, low, high = interval([1.0, 2.0, 3.0])
@@ -58,9 +58,9 @@ class Curve:
     """Losses of plain runs over cost.
 
     Attributes:
-        costs: Of the points, ascending, in steps of the task's unit.
-        losses: By seed, a loss for each point.
-        sizes: The network of each point.
+        costs: Costs of the points, ascending, in steps of the task's unit or in FLOPs.
+        losses: A loss for each point, by seed.
+        sizes: Name of the network of each point.
     """
 
     costs: tuple[float, ...]
@@ -72,11 +72,13 @@ class Curve:
         return np.mean([self.losses[seed] for seed in sorted(self.losses)], axis=0)
 
     def at(self, cost: float, seed: int) -> float:
-        """A seed's loss at a cost between the ends."""
+        """The loss of a seed at a cost, interpolated; beyond the ends it is that of the end."""
         return float(np.interp(math.log(cost), np.log(self.costs), self.losses[seed]))
 
     def reaches(self, loss: float) -> tuple[float, float] | None:
-        """Cost at which the mean first falls to ``loss``, and the slope there, in loss per unit of log cost.
+        """Cost at which the mean loss first falls to ``loss``, and the slope there, in loss per unit of log cost.
+
+        It is None if the curve does not reach the loss, or starts below it.
 
         >>> Curve((10.0, 100.0), {1: (3.0, 2.0)}, ("a", "a")).reaches(2.5)
         (31.62277660168379, -0.43429448190325176)
@@ -94,10 +96,10 @@ class Curve:
 
 
 def lower_envelope(points: Sequence[tuple[str, float, float]]) -> list[tuple[str, float]]:
-    """The points that no cheaper or equally cheap one beats, as (size, cost), by ascending cost.
+    """The points for which no cheaper or equally cheap point has a lower loss, as (size, cost), by ascending cost.
 
     Args:
-        points: Size, cost and loss on the validation split: what is reported is the loss on the test split.
+        points: Size, cost and validation loss of each point; the reported losses are those of the test split.
 
     >>> lower_envelope([("a", 1.0, 3.0), ("b", 1.0, 2.9), ("a", 2.0, 2.95), ("b", 2.1, 2.5)])
     [('b', 1.0), ('b', 2.1)]
@@ -112,10 +114,10 @@ def lower_envelope(points: Sequence[tuple[str, float, float]]) -> list[tuple[str
 
 
 def loss_difference(technique: Mapping[int, tuple[float, float]], plain: Curve) -> Estimate:
-    """How far a technique's loss lies above that of plain runs at equal cost, in the units of the loss.
+    """The technique's loss minus that of plain runs at equal cost, in the units of the loss.
 
     Args:
-        technique: (cost, loss) of each seed.
+        technique: (cost, loss) by seed.
         plain: The curve or the envelope, with the same seeds.
     """
     seeds = sorted(technique.keys() & plain.losses.keys())
@@ -130,19 +132,21 @@ def loss_difference(technique: Mapping[int, tuple[float, float]], plain: Curve) 
 
 
 def saving(technique: Mapping[int, tuple[float, float]], plain: Curve, *, price_error: float = 0.0) -> Estimate:
-    """The share of the plain runs' cost that a technique saves on the way to its loss; negative if it costs more.
+    """The share of the plain runs' cost that a technique saves at equal loss; negative if it costs more.
 
-    With c the cost at which the plain mean reaches the technique's mean loss, and s the slope there, each seed's own
-    plain runs reach its loss at log c + d / s, where d is how much more the technique's loss deviates from its mean
-    than the plain loss at c does from its own. The saving is 1 - cost / exp of that, averaged over seeds as logarithms.
+    Let c be the cost at which the mean plain loss equals the technique's mean loss, and s the slope there. The plain
+    runs of a seed reach that seed's loss at log c + d / s, where d is the deviation of the technique's loss from its
+    mean minus the deviation of the plain loss at c from its mean. The saving is 1 - cost / exp(log c + d / s), where
+    the logarithm of the ratio is averaged over seeds.
 
     Args:
-        technique: (cost, loss) of each seed.
+        technique: (cost, loss) by seed.
         plain: The curve or the envelope, with the same seeds.
-        price_error: Standard deviation of the logarithm of the price between the two, shared by all seeds.
+        price_error: Standard deviation of the logarithm of the price ratio of the two, shared by all seeds.
 
     Returns:
-        Nothing is extrapolated: without an estimate, the reason says on which side of the plain runs the loss lies.
+        The estimate. Nothing is extrapolated: if the plain runs do not enclose the loss, the reason says on which side
+        of them it is.
     """
     seeds = sorted(technique.keys() & plain.losses.keys())
     if len(seeds) < 2:

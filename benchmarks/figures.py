@@ -1,4 +1,4 @@
-"""Pictures of the stored results: the plane of cost and loss of each task, and all techniques at a glance."""
+"""Draws the stored results: loss over cost for each task, and an overview of all techniques."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tasks import Task
 
 __all__ = ["draw", "plot_overview", "plot_task"]
 
-# Okabe and Ito's colours, which those who confuse red and green can tell apart
+# Okabe and Ito's colours, which can be distinguished with red-green colour blindness
 TECHNIQUE_COLORS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")
 TECHNIQUE_MARKERS = ("*", "D", "^", "s", "v", "P", "X")
 VERDICT_COLORS = {"better than": "#0072B2", "not told apart from": "#777777", "worse than": "#D55E00"}
-GREYS = (0.65, 0.1)  # of the smallest and the largest network
+GREYS = (0.65, 0.1)  # shades of the smallest and the largest network
 
 
 def draw(folder: Path) -> list[Path]:
-    """All pictures that the results in a folder allow; which were written."""
+    """Draw all pictures for which a folder has results; return their paths."""
     found, written = measured(folder), []
     for task in KNOWN.values():
         store = Store(folder / f"{task.name}.plain.json")
@@ -42,13 +42,13 @@ def draw(folder: Path) -> list[Path]:
 
 
 def apart(places: Sequence[float], least: float) -> list[float]:
-    """Places moved as little as is needed for a distance between neighbours, in their order.
+    """Move positions as little as possible so that neighbours are at least ``least`` apart; the order is kept.
 
     >>> apart([0.0, 0.1, 5.0], 1.0)
     [-0.45, 0.55, 5.0]
     """
     order = sorted(range(len(places)), key=lambda index: places[index])
-    groups: list[list[int]] = []  # of labels that touch each other; each is spread around its mean
+    groups: list[list[int]] = []  # labels that would overlap; each group is spread around its mean
     for index in order:
         groups.append([index])
         while (
@@ -69,9 +69,9 @@ def _center(group: Sequence[int], places: Sequence[float]) -> float:
 
 
 def plot_task(task: Task, plain: Store, found: Sequence[Measured], path: Path) -> None:
-    """Test loss over cost: plain runs by size, their lower envelope, and techniques.
+    """Draw test loss over cost: plain runs by size, their lower envelope, and techniques.
 
-    Curves that are far above everything that matters leave the picture at the top.
+    The vertical axis ends at the highest loss of the envelope and the techniques; curves above it are cut off.
     """
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -111,7 +111,7 @@ def plot_task(task: Task, plain: Store, found: Sequence[Measured], path: Path) -
     ]
     told = (
         "Bars: 95% intervals of the difference\nto the best plain network. Techniques of\n"
-        "equal cost stand side by side; hollow:\nnot on the network that is told of first."
+        "equal cost are drawn side by side.\nHollow: not the headline network."
     )
     figure.legend(
         handles=[*plain_handles, *handles],
@@ -126,7 +126,7 @@ def plot_task(task: Task, plain: Store, found: Sequence[Measured], path: Path) -
 
 
 def by_price(plain: Store) -> list[str]:
-    """Sizes, from the one with the cheapest step."""
+    """Sizes, ordered by the price of their steps."""
     return sorted(plain.data["prices"]["sizes"], key=lambda size: price_of(plain, size))
 
 
@@ -136,7 +136,7 @@ def _place(point: PlainPoint, task: Task, plain: Store) -> tuple[float, float]:
 
 
 def _curve(axes: Axes, own: Sequence[PlainPoint], task: Task, plain: Store, color: str) -> None:
-    """One size: means over seeds, and each run."""
+    """Draw one size: means over seeds, and each run."""
     places = [_place(point, task, plain) for point in own]
     if places:
         axes.plot(*zip(*places, strict=True), color=color, linewidth=1, zorder=2)
@@ -148,7 +148,7 @@ def _curve(axes: Axes, own: Sequence[PlainPoint], task: Task, plain: Store, colo
 
 
 def _envelope(axes: Axes, task: Task, plain: Store) -> list[float]:
-    """The best plain network for each cost, and on the upper axis which it is and how much its weights have seen."""
+    """Draw the best plain network for each cost, with its name and tokens per parameter on the upper axis."""
     curve = envelope(plain, task)
     if curve is None:
         return []
@@ -172,7 +172,7 @@ def _envelope(axes: Axes, task: Task, plain: Store) -> list[float]:
 
 
 def _technique(axes: Axes, one: Measured, index: int, many: int) -> Line2D:
-    """A technique's points, filled on its headline network; for the legend."""
+    """Draw a technique's points, filled for its headline network; return a handle for the legend."""
     color = TECHNIQUE_COLORS[index % len(TECHNIQUE_COLORS)]
     marker = TECHNIQUE_MARKERS[(index + index // len(TECHNIQUE_COLORS)) % len(TECHNIQUE_MARKERS)]
     size = 11 if marker == "*" else 7
@@ -200,7 +200,7 @@ def _technique(axes: Axes, one: Measured, index: int, many: int) -> Line2D:
 def _size_labels(
     axes: Axes, curves: Sequence[Sequence[PlainPoint]], shades: Sequence[str], task: Task, plain: Store
 ) -> None:
-    """Names of the sizes beside the last points of their curves, moved apart where they would overlap."""
+    """Write the names of the sizes beside the last points of their curves, without overlaps."""
     low, high = axes.get_ylim()
     groups: dict[int, list[tuple[float, float, str, str]]] = {}
     for own, shade in zip(curves, shades, strict=True):
@@ -224,7 +224,7 @@ def _size_labels(
 
 
 def plot_overview(found: Sequence[Measured], path: Path) -> None:
-    """Loss at equal cost against the best plain network, of all techniques that have an estimate, the best on top."""
+    """Draw the loss at equal cost against the best plain network, for all techniques with an estimate, best first."""
     told = [(one, one.result["loss_at_equal_cost"]["any_size"]) for one in found]
     told = [(one, own) for one, own in told if own["estimate"] is not None]
     figure = Figure(figsize=(9, 1.5 + 0.36 * max(1, len(told))), layout="constrained")

@@ -1,10 +1,10 @@
-"""What a batch 16 times as large costs in loss at equal samples: LAMB, AdamW scaled the same way, and the small batch.
+"""Loss of a batch 16 times as large at equal samples: with LAMB and with AdamW, against the small batch.
 
     python benchmarks/large_batch.py --preset cpu
 
-Every run is `recipes/bert_large_batch.py` in a process of its own, in mixed order. Rates are tuned for each side,
-with the same factor between two of them and on beyond the ends of the grid until the best is at neither; a rate of LAMB
-is a relative change, so its grid lies elsewhere. An interrupted sweep goes on where it stopped.
+Every run is `recipes/bert_large_batch.py` in its own process, in random order. Learning rates are tuned for each side
+on a grid with the same factor, which is extended until the best rate is inside. A rate of LAMB is a relative change, so
+its grid starts elsewhere. An interrupted sweep continues where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sweeps import TUNING_SEED, Preset, Run, Sweep, above, command
 RECIPE = "bert_large_batch"
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null"]
 SMALL = [*CPU, "--data.batch_size=2", "--model.depth=4", "--data.max_val_sequences=512"]
-SIDES = {  # flags, and where the grid of rates begins
+SIDES = {  # flags, and the factor on the preset's grid of rates
     "small batch": (["--baseline"], 1.0),
     "AdamW": (["--large_batch.optimizer=own"], 2.0),  # between no scaling and the square root of 16
     "LAMB": (["--large_batch.optimizer=lamb"], 20.0),
@@ -37,10 +37,10 @@ SIDES = {  # flags, and where the grid of rates begins
 
 @dataclass(frozen=True)
 class LargePreset(Preset):
-    """The runs of this sweep, whose ``steps`` are small batches.
+    """The runs of this sweep; ``steps`` counts small batches.
 
     Attributes:
-        times: How many times the batch is as large.
+        times: Ratio of the large batch to the small one.
     """
 
     times: int = 16
@@ -48,7 +48,7 @@ class LargePreset(Preset):
 
 PRESETS = {
     "cpu": LargePreset(
-        # 16 times 2 is about the critical batch of a run this short
+        # 16 times 2 samples is about the critical batch of such a short run
         flags=SMALL,
         lrs=[5e-4, 1e-3, 2e-3],
         steps=3_200,
@@ -84,7 +84,7 @@ PRESETS = {
 
 @dataclass
 class LargeSweep(Sweep):
-    """Runs that are limited by data, each side with its own flag for the rate."""
+    """Runs that are limited by their data; each side has its own flag for the learning rate."""
 
     preset: LargePreset
 
@@ -106,7 +106,7 @@ class LargeSweep(Sweep):
 
 
 def tune(sweep: LargeSweep) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The best rate of each side, and what was tried; the sides' runs go on together."""
+    """The best learning rate of each side, and all losses that were measured; the sides are tuned together."""
     lrs, batches = sweep.preset.lrs, sweep.preset.steps
     step = lrs[1] / lrs[0] if len(lrs) > 1 else 1.0
     tried: dict[tuple[str, float], float] = {}
@@ -132,10 +132,10 @@ def rounded(rate: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every side (3)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (the preset's)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "large_batch", help="where the runs are kept")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the results go")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each side (default: 3)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: the preset's)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "large_batch", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     args = parser.parse_args()
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         parser.error("--seeds and --jobs must be at least 1")
@@ -147,8 +147,8 @@ def main() -> None:
 
 
 def run_sweep(args: argparse.Namespace) -> None:
-    """Tune, train, store, and bring the card up to date."""
-    import more_tables
+    """Tune, train, store the result, and update the pages."""
+    import component_tables
     import tables
     import torch
 
@@ -172,7 +172,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             "loss": record["metrics"][preset.metric],
             **{
                 name: record.get(name)
-                for name in ("steps", "samples", "flops", "wall_seconds", *more_tables.REFERENCES)
+                for name in ("steps", "samples", "flops", "wall_seconds", *component_tables.REFERENCES)
             },
         }
         for run, record in sorted(records.items(), key=lambda item: item[0].name)
@@ -207,7 +207,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         table.add_column(name)
     for side, one in result["above_small"].items():
         own = [p for p in points if p["side"] == side]
-        interval = more_tables.signed(one)
+        interval = component_tables.signed(one)
         loss = statistics.mean(losses[side])
         table.add_row(side, f"{own[0]['lr']:g}", f"{own[0]['steps']:,}", f"{loss:.3f}", interval)
     console.print(table)

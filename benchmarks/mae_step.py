@@ -1,10 +1,10 @@
-"""What skipping masked tokens takes off a step: of the encoder alone, and of the autoencoder end to end.
+"""Time of a step with masked-token skipping relative to one without: of the encoder alone and of the autoencoder.
 
     python benchmarks/mae_step.py
 
-A step is forward, backward and fused AdamW on random images; the encoder alone is trained on the mean of its latents'
-squares, the autoencoder on its own loss. With and without mask tokens in the encoder the repetitions are interleaved,
-and the ratio is the median of the paired ones with a bootstrap interval (see ``throughput.py``, whose clock this is).
+A step is forward, backward and fused AdamW on random images. The encoder alone is trained on the mean square of its
+latents, the autoencoder on its own loss. Repetitions with and without mask tokens in the encoder are interleaved; the
+result is the median of paired ratios with a bootstrap interval, measured with the clock of ``throughput.py``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def steps(spec: dict[str, Any], device: torch.device) -> dict[str, Callable[[], None]]:
-    """Steps by name, ready to be timed."""
+    """Functions that make one training step each, by name."""
     found = {}
     for part in ("encoder", "end to end"):
         for encode_masked in (True, False):
@@ -71,7 +71,7 @@ def steps(spec: dict[str, Any], device: torch.device) -> dict[str, Callable[[], 
 
 
 def measure(spec: dict[str, Any], repeats: int, seconds: float, clock: Clock) -> dict[str, Any]:
-    """Ratios of the step on visible patches to that on all of them."""
+    """Measure the time of steps on visible patches relative to steps on all patches."""
     made = steps(spec, clock.device)
     for step in made.values():
         clock.seconds(step, 2)
@@ -89,8 +89,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--repeats", type=int, default=41, help="interleaved repetitions (default: 41)")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each step in a repetition (default: 0.1)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="time per step kind and repetition (default: 0.1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/mae_step.<preset>.json")
     options = parser.parse_args(args)
     if options.repeats < 1 or options.threads < 1:

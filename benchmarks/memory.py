@@ -1,13 +1,13 @@
-"""What 8-bit optimizer state saves and costs: bytes of state, peak memory, time of a step, and loss.
+"""Savings and costs of 8-bit optimizer state: bytes of state, peak memory, time of a step, and loss.
 
     python benchmarks/memory.py --preset cpu
     python benchmarks/memory.py --preset gpu
 
-State, memory and time are those of a training step of ``GPT``, of every 8-bit optimizer beside its own 32-bit form: the
-one a user would otherwise take, and so torch's fused AdamW for AdamW. Peak memory is that of a process of its own, less
-what it held before the model was built. Steps are timed interleaved in rotating order, and compared by the median of
-paired ratios; on one thread of a CPU by processor time, else by wall time. Loss parity is that of
-``recipes/gpt_eight_bit_optimizer.py`` with and without the technique, over several seeds.
+State, memory and time are measured for training steps of ``GPT``, with every 8-bit optimizer and its 32-bit form (for
+AdamW, torch's fused one). Peak memory is that of a separate process, minus what it held before the model was built.
+Timed steps are interleaved in rotating order and compared by the median of paired ratios; time is processor time on one
+CPU thread, else wall time. Losses are those of ``recipes/gpt_eight_bit_optimizer.py`` with and without the technique,
+over several seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import more_tables
+import component_tables
 import tables
 import torch
 from provenance import ROOT
@@ -91,7 +91,7 @@ PARITY = {
 
 
 def contestant(size: Size, name: str, device: torch.device) -> tuple[Callable[[], None], Any, Callable[[], None]]:
-    """A training step, its optimizer, and the optimizer's part of the step alone."""
+    """A training step, its optimizer, and the optimizer's update alone."""
     torch.manual_seed(0)
     model = GPT(size.vocab_size, size.length, depth=size.depth, width=size.width, num_heads=size.width // 64).to(device)
     optimizer = create_optimizer(model, name, lr=1e-4, weight_decay=0.1)
@@ -108,10 +108,10 @@ def contestant(size: Size, name: str, device: torch.device) -> tuple[Callable[[]
 
 
 def peak(size: Size, name: str, device: torch.device) -> int:
-    """Bytes that three steps took at most, in this process, beyond what it held before."""
+    """Peak memory of three steps in this process, in bytes; on a CPU, minus what the process held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    create_optimizer(torch.nn.Linear(64, 64).to(device), name, lr=0.0)  # libraries are no state
+    create_optimizer(torch.nn.Linear(64, 64).to(device), name, lr=0.0)  # loads libraries, which are not to be counted
     before = resident_peak()
     step, _, _ = contestant(size, name, device)
     for _ in range(3):
@@ -122,7 +122,7 @@ def peak(size: Size, name: str, device: torch.device) -> int:
 
 
 def peak_alone(preset: str, index: int, name: str) -> int:
-    """The same in a process of its own."""
+    """Like :func:`peak`, in a separate process."""
     script = [sys.executable, __file__, "--preset", preset, "--peak", str(index), name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
@@ -134,7 +134,7 @@ def peak_alone(preset: str, index: int, name: str) -> int:
 def measure(
     preset: str, index: int, repeats: int, seconds: float, clock: Clock, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All optimizers at one size."""
+    """Measure all optimizers at one size."""
     size = SIZES[preset][index]
     rows = []
     for plain, small in PAIRS.items():
@@ -172,7 +172,7 @@ def measure(
 
 
 def parity(preset: str, seeds: int, runs: Path, console: Console, jobs: int | None) -> dict[str, Any]:
-    """Loss with 8-bit and with 32-bit AdamW, over seeds; their difference and what differs from seed to seed."""
+    """Losses with 8-bit and with 32-bit AdamW over seeds, their difference, and the spread over seeds."""
     plan = PARITY[preset]
     sweep = Sweep(RECIPE, plan, SIDES, runs / f"{RECIPE}.{preset}", console, jobs or plan.jobs)
     wanted = [Run(side, plan.steps, plan.lrs[0], seed) for side in SIDES for seed in range(1, seeds + 1)]
@@ -209,11 +209,11 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SIZES, default="cpu")
     parser.add_argument("--repeats", type=int, default=11, help="interleaved repetitions (default: 11)")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each side in a repetition (default: 0.1)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each side for the loss; 0 leaves it out (3)")
-    parser.add_argument("--jobs", type=int, help="runs at a time for the loss (the preset's)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "memory", help="where the runs are kept")
+    parser.add_argument("--seconds", type=float, default=0.1, help="time per optimizer and repetition (default: 0.1)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each side for the loss; 0 for none (default: 3)")
+    parser.add_argument("--jobs", type=int, help="runs at a time for the loss (default: the preset's)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "memory", help="folder of the runs")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/memory.<preset>.json")
     parser.add_argument("--peak", nargs=2, metavar=("SIZE", "OPTIMIZER"), help=argparse.SUPPRESS)
     options = parser.parse_args(args)
@@ -253,7 +253,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     for size in sizes:
         console.print(table(size))
     if same is not None:
-        console.print(more_tables.parity_lines(record), highlight=False, soft_wrap=True)
+        console.print(component_tables.parity_lines(record), highlight=False, soft_wrap=True)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return record
 

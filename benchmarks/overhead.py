@@ -1,11 +1,11 @@
-"""Overhead: what an idle CostMeter and the guards add to a training step under Lightning's Trainer.
+"""Overhead: the time that an idle CostMeter and the guards add to a training step of Lightning's Trainer.
 
     python benchmarks/overhead.py
 
-Each callback is measured in two ways, in runs of its own that alternate with runs without it: the time spent inside its
-hooks, per step, once the meter has priced the kind of step and only counts; and the ratio of whole runs with it to
-those without, which also holds what a stopwatch on the hooks cannot see, but is as noisy as the machine. There is one
-thread, and runs are compared by its own time, so that other processes do not matter.
+Each callback is measured in two ways, in runs with it that alternate with runs without it. The first is the time inside
+its hooks per step, after the meter has timed the kind of step and only counts. The second is the ratio of whole runs
+with and without it; it includes costs outside of the hooks, but is noisier. Runs use one thread and are compared by
+processor time, so that other processes matter little.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lit_scale.guards import FiniteGuard, PreemptionGuard, StepSeed
 from lit_scale.models import BertMLM
 
 RESULTS = Path(__file__).parent / "results"
-IDLE = 40  # steps until the meter has timed the kind of step and stops the clock
+IDLE = 40  # steps after which the meter no longer times steps of the kind
 HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -77,7 +77,7 @@ CALLBACKS: dict[str, Callable[[Path], Callback | None]] = {
 
 
 class StepClock(Callback):
-    """Seconds of a step from the end of step ``IDLE`` to the end of the run, by wall and by processor."""
+    """Measures wall and processor seconds per step, from the end of step ``IDLE`` to the end of the run."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == IDLE:
@@ -89,14 +89,14 @@ class StepClock(Callback):
 
 
 def watched(callback: Callback) -> list[float]:
-    """Seconds inside the callback's hooks, one entry per step after ``IDLE``; filled while it trains."""
+    """A list of the seconds inside the callback's hooks, one entry per step after ``IDLE``, filled during training."""
     spent = [0.0]
 
     def watch(name: str) -> Callable[..., None]:
         hook = getattr(callback, name)
 
         def timed(trainer: Trainer, *args: Any) -> None:
-            step = trainer.global_step  # at a batch's end, steps done
+            step = trainer.global_step  # at the end of a batch, the number of steps done
             start = time.perf_counter()
             hook(trainer, *args)
             spent[-1] += time.perf_counter() - start
@@ -114,7 +114,7 @@ def watched(callback: Callback) -> list[float]:
 
 
 def run(size: Size, name: str, folder: Path) -> dict[str, float]:
-    """One short training run with one callback: seconds of a step, and those inside the callback's hooks."""
+    """Make a short training run with one callback; return seconds per step, and seconds inside its hooks."""
     seed_everything(0, verbose=False)
     model = BertMLM(258, size.length, depth=size.depth, width=size.width, num_heads=size.num_heads, positions="rotary")
     masked = max(1, round(0.15 * size.length))
@@ -135,7 +135,7 @@ def run(size: Size, name: str, folder: Path) -> dict[str, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches: Any = [batch] * (IDLE + size.steps)  # a data set, though not by its type
+    batches: Any = [batch] * (IDLE + size.steps)  # Any: a list works as a data set, but its type is not Dataset
     trainer.fit(model, DataLoader(batches, batch_size=None))
     return {
         "wall_seconds": clock.wall,
@@ -146,7 +146,7 @@ def run(size: Size, name: str, folder: Path) -> dict[str, float]:
 
 
 def measure(size: Size, repeats: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """All callbacks at one size, their runs interleaved in rotating order."""
+    """Measure all callbacks at one size, with runs interleaved in rotating order."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CALLBACKS}
     names = list(CALLBACKS)
     for repeat in range(repeats):
@@ -193,10 +193,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # a hundred runs end as they should
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no message at the end of each of many runs
     console = Console()
     with console.status("") as status, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a loader without workers may be slow; ours holds one batch in memory
+        warnings.simplefilter("ignore")  # "a loader without workers may be slow": this one has one batch in memory
         sizes = [measure(size, options.repeats, status.update) for size in PRESETS[options.preset]]
     record = {
         "benchmark": "overhead",

@@ -1,4 +1,4 @@
-"""What a step of each network of a task costs, in steps of the task's unit: timed in turn, round by round."""
+"""Measures the price of a step of each network of a task, in steps of the task's unit; all are timed in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["measure", "model_and_data", "recipe_of"]
 
 
 def recipe_of(name: str) -> Any:
-    """What a recipe's script hands to ``run_recipe``, without running it."""
+    """The arguments that a recipe's script passes to ``run_recipe``, without running the recipe."""
     from lit_scale import cli
 
     caught: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def recipe_of(name: str) -> Any:
 
 
 def model_and_data(task: Task, size: str) -> tuple[Any, Any]:
-    """The LightningModule and the data module of a plain run, made by the recipe's own flags."""
+    """The LightningModule and the data module of a plain run, made from the recipe and the task's flags."""
     from lit_scale import cli
 
     flags = [*task.machine, *task.flags, *task.sizes[size], "--baseline", "--trainer.enable_progress_bar=false"]
@@ -47,7 +47,13 @@ def model_and_data(task: Task, size: str) -> tuple[Any, Any]:
 
 
 def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, Any]:
-    """Relative prices of all sizes, with the standard deviation of their logarithms, and the unit's seconds."""
+    """Measure relative prices of all sizes, standard deviations of their logarithms, and the seconds of the unit.
+
+    Args:
+        task: The task.
+        rounds: Timed rounds over all sizes.
+        core: Number of the core to run on; None for any.
+    """
     import torch
 
     from lit_scale.factors.optimizers import create_optimizer
@@ -82,7 +88,7 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
 
         steps[size] = (model, step)
         parameters[size] = sum(parameter.numel() for parameter in model.parameters())
-    wait = statistics.median(waits.values())  # the data are the same for all sizes
+    wait = statistics.median(waits.values())  # the loader is the same for all sizes
     seconds: dict[str, list[float]] = {size: [] for size in steps}
     for round_ in range(rounds + 1):
         for size, (model, step) in steps.items():
@@ -96,11 +102,11 @@ def measure(task: Task, rounds: int = 40, core: int | None = None) -> dict[str, 
                 spent = (time.perf_counter() - begun) / repeats + wait
             if round_ or not seconds[size]:
                 seconds[size].append(spent)
-    timed = np.array([own[1:] for own in seconds.values()])  # (sizes, rounds); the first warms up
+    timed = np.array([own[1:] for own in seconds.values()])  # (sizes, rounds), without the warm-up
     unit = list(seconds).index(task.unit)
 
     def ratios(chosen: np.ndarray) -> np.ndarray:
-        """Logarithms of the prices; of the faster half of the rounds, which nothing else on the machine disturbed."""
+        """Logarithms of the prices, from the lower quartiles of the times, which other work disturbs least."""
         quick = np.quantile(timed[:, chosen], 0.25, axis=1)
         return np.log(quick / quick[unit])
 

@@ -1,8 +1,8 @@
-"""Which code a result was made with: a digest of all modules that decide what a run learns.
+"""The code that a result was made with, as a digest of all modules that affect what a run learns.
 
-Counted are the callbacks that a recipe names, the models and the data modules, and all that these import from
-lit_scale. Not counted are docstrings, comments, imports and which file a definition stands in; nor the parts that only
-watch a run: the clock, the guards and the command line, whose tests show that they leave weights alone.
+The digest covers the callbacks, models and data modules that a recipe imports, and the modules of lit_scale that these
+import. It ignores docstrings, comments, imports, and the file in which a definition is. It also ignores modules that
+only observe a run: the clock, the guards and the command line, whose tests show that they do not change weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WATCHING = ("lit_scale.cost", "lit_scale.cli", "lit_scale.guards", "lit_scale.re
 
 
 def path_of(module: str) -> Path | None:
-    """File of a module of ours."""
+    """File of a module of this project; None if there is none."""
     stem = ROOT.joinpath(*module.split("."))
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.exists():
@@ -41,7 +41,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of lit_scale that a file imports; a name that a package re-exports stands for the module it is from."""
+    """Modules of lit_scale that a file imports; for a name that a package re-exports, the module that defines it."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.startswith("lit_scale"))
@@ -51,7 +51,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def defining(module: str, name: str) -> str:
-    """The module in which a name of another module is defined."""
+    """The module that defines a name which is imported from another module."""
     if path_of(f"{module}.{name}") is not None:
         return f"{module}.{name}"
     path = path_of(module)
@@ -63,7 +63,7 @@ def defining(module: str, name: str) -> str:
 
 
 def modules_of(recipe: str, technique: bool) -> list[str]:
-    """All modules that decide what a recipe's run learns; without its technique fewer."""
+    """All modules that affect what a run of a recipe learns, with its technique or without."""
     begin = ROOT / "recipes" / f"{recipe}.py"
     found: dict[str, None] = {}
     todo = [m for m in imported(begin) if technique or not m.startswith("lit_scale.callbacks")]
@@ -81,8 +81,9 @@ def modules_of(recipe: str, technique: bool) -> list[str]:
 
 @cache
 def code_digest(recipe: str, technique: bool) -> str:
-    """Digest of the code of a run, 16 hexadecimal digits. The recipe itself is left out of a plain run's, whose flags
-    are all stored.
+    """Digest of the code of a run, 16 hexadecimal digits.
+
+    The recipe's own file is included only with a technique; the flags of plain runs are all stored.
     """
     paths = [path_of(module) for module in modules_of(recipe, technique)]
     if technique:

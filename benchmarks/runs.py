@@ -1,7 +1,7 @@
-"""Training runs of the clock: each a recipe in a process of its own on a core of its own, stored as one entry.
+"""Training runs of the clock: each runs a recipe in its own process on its own core, and is stored as one entry.
 
-A run is found again by what decides its outcome: its flags, its steps, its seed, and a digest of the code that it
-trains with. An interrupted run goes on from its last checkpoint.
+A stored run is identified by its flags, its steps, its seed, and a digest of the code that it trained with. An
+interrupted run continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Run:
     """One training run.
 
     Attributes:
-        task: Its task.
-        size: A name of the task's ladder.
+        task: The task.
+        size: Name of a network in the task's ladder.
         steps: Optimizer steps.
         lr: Peak learning rate.
-        seed: Of weights, order, masks and dropout.
-        recipe: The script; with a technique its own.
+        seed: Seed of weights, order of the data, masks and dropout.
+        recipe: Name of the recipe: the task's for a plain run, else the technique's.
         technique: Flags of the technique's recipe, or None for a plain run.
-        flags: More flags, of either kind of run, behind the task's.
-        again: A plain run that is made once more beside a technique's, for its wall time.
+        flags: Additional flags, after the task's.
+        again: For runs that are repeated in pairs, to measure wall time: a name of the other run of the pair.
     """
 
     task: Task
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells it from other runs of its file of results."""
+        """Identifies the run among those of a result file."""
         key: dict[str, Any] = {"size": self.size, "steps": self.steps, "lr": self.lr, "seed": self.seed}
         technique = None if self.technique is None else list(self.technique)
         return key | {"technique": technique, "flags": list(self.flags), "again": self.again}
@@ -71,14 +71,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the run's folder."""
         parts = [self.size, str(self.steps), f"lr{self.lr:g}", f"seed{self.seed}"]
         parts += [flag.removeprefix("--") for flag in (*(self.technique or ()), *self.flags)]
         text = "-".join([*parts, *([f"beside-{self.again}"] if self.again else [])])
         return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)[:200]
 
     def arguments(self, folder: Path) -> list[str]:
-        """Of the recipe."""
+        """Arguments of the recipe's command line."""
         return [
             *self.task.machine,
             *self.task.flags,
@@ -95,7 +95,7 @@ class Run:
 
 
 def steps_of(budget: float, price: float) -> int:
-    """Steps of a network for a budget, with the price of its step in steps of the unit, rounded to tens.
+    """Number of steps for a budget and the price of a step, both in steps of the unit; rounded to tens.
 
     >>> steps_of(9_400, 1.86)
     5050
@@ -104,23 +104,23 @@ def steps_of(budget: float, price: float) -> int:
 
 
 def plain_seconds(record: dict[str, Any]) -> float | None:
-    """A run's own seconds of the plain step, the most frequent if it made several; None if it cannot tell."""
+    """Seconds of the plain step in a run's record, the most frequent one if there are several; None without one."""
     plain = [kind for kind in record["step_kinds"] if kind["phase"] == "train" and kind["plain"] and kind["update"]]
     return max(plain, key=lambda kind: kind["count"])["seconds_each"] if plain else None
 
 
 def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, Any]:
-    """What is stored of a run: what it reached, and what it cost in steps of its own plain network."""
+    """The entry that is stored for a run: its metrics, and its cost in steps of its own plain network."""
     steps = [kind for kind in record["step_kinds"] if kind["phase"] == "train"]
     plain = plain_seconds(record)
     spent = sum(kind["count"] * kind["seconds_each"] for kind in steps)
     charged = sum(one["seconds"] for one in record["charges"].values())
     samples = sum(kind["count"] * kind["samples"] for kind in steps)
-    if run.technique is None:  # of another batch size: as many steps as the task's own batches would have been
+    if run.technique is None:  # if its batch size is not the task's: the number of steps with the task's batch size
         own_steps = samples / run.task.batch_size
-    elif plain:  # charges are scaled like the steps: both are seconds of the same run
+    elif plain:  # steps and charges are both in seconds of this run
         own_steps = (spent + charged) / plain
-    else:  # its steps have no plain form to be timed beside; what it does to their time only pairs of runs show
+    else:  # there is no plain step to time along with its steps; only pairs of runs measure its time
         own_steps = samples / run.task.batch_size
     val, test = ({n.partition("/")[2]: v for n, v in split.items()} for split in (record["metrics"], record["test"]))
     for split, prefix in ((val, ""), (test, "test_")):
@@ -152,12 +152,12 @@ def entry_of(run: Run, record: dict[str, Any], core: int | None) -> dict[str, An
 
 
 class Runner:
-    """Makes runs, some at a time, each pinned to a core, in processes forked from one that has imported everything.
+    """Makes runs in parallel, each pinned to a core, in processes forked from one that has done the imports.
 
     Args:
-        folder: Where runs in progress are kept.
-        cores: Numbers of the cores; as many runs at a time.
-        say: Told of each run that has ended.
+        folder: Folder of runs in progress.
+        cores: Numbers of the cores; one run at a time on each.
+        say: Called with a message after each run.
     """
 
     def __init__(self, folder: Path, cores: Sequence[int], say: Callable[[str], None] = print) -> None:
@@ -173,10 +173,10 @@ class Runner:
         self._children: set[Any] = set()
 
     def make(self, run: Run, core: int | None = None) -> dict[str, Any]:
-        """The entry of a run.
+        """Make a run and return its entry.
 
         Raises:
-            RuntimeError: The recipe ended with an error; the message holds the end of its log.
+            RuntimeError: If the recipe ended with an error; the message contains the end of its log.
         """
         own = core is None
         if core is None:
@@ -201,7 +201,7 @@ class Runner:
         if not (same and result.exists() and "test" in json.loads(result.read_text())):
             arguments = run.arguments(folder)
             saved = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-            if same and saved:  # the end of an interrupted run
+            if same and saved:  # continue an interrupted run
                 arguments.append(f"--ckpt_path={saved[-1]}")
             begun.write_text(wanted)
             script = ROOT / "recipes" / f"{run.recipe}.py"
@@ -218,22 +218,22 @@ class Runner:
         return json.loads(result.read_text())
 
     def stop(self) -> None:
-        """Let the runs in progress save a checkpoint and end."""
+        """Send SIGTERM to the runs in progress, which makes them save a checkpoint and end."""
         for child in list(self._children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGTERM)
 
     def make_all(self, runs: Iterable[Run], done: Callable[[Run, dict[str, Any]], None]) -> None:
-        """All of these runs, as many at a time as there are cores, ``done`` called with each entry."""
+        """Make all runs, one at a time on each core; ``done`` is called with each run and its entry."""
         self._all([partial(self._alone, run) for run in runs], done, len(self.cores))
 
     def _alone(self, run: Run) -> list[tuple[Run, dict[str, Any]]]:
         return [(run, self.make(run))]
 
     def make_pairs(self, pairs: Iterable[tuple[Run, Run]], done: Callable[[Run, dict[str, Any]], None]) -> None:
-        """Pairs of runs that start at the same time, a core each; which has which core alternates with the seed.
+        """Make pairs of runs that start at the same time on two cores, which are swapped for even seeds.
 
-        Raw wall seconds of the two compare: whatever else the machine does, it does it to both.
+        The wall seconds of the two can be compared, because other work on the machine affects both.
         """
         first, second = self.cores[0], self.cores[-1]
         if first == second:
@@ -260,13 +260,13 @@ class Runner:
 
 
 def _child(script: str, arguments: list[str], core: int, log: str) -> None:
-    """Run a recipe as if it had been started by hand."""
+    """Run a recipe as from the command line, on a core and with a log file."""
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep passes on what it gets
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent process sends SIGTERM
     os.chdir(ROOT)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)

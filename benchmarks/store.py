@@ -1,4 +1,4 @@
-"""Files of results that grow run by run, so that a sweep goes on where it stopped, on another day too."""
+"""Result files that are saved after every run, so that an interrupted sweep can continue later."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Store"]
 
 
 class Store:
-    """One JSON file: runs, each with its key and the digest of its code, and whatever else belongs to them.
+    """One JSON file: runs, each with its key and the digest of its code, and other data of the sweep.
 
     Args:
-        path: Of the file; it need not exist.
+        path: Path of the file, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,11 +29,11 @@ class Store:
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """All entries."""
+        """Entries of all runs."""
         return self.data["runs"]
 
     def entries(self, accept: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
-        """Those that fit."""
+        """The entries for which ``accept`` is true."""
         return (entry for entry in self.runs if accept(entry))
 
     def find(self, run: Run) -> dict[str, Any] | None:
@@ -43,7 +43,7 @@ class Store:
         return next(fits, None)
 
     def add(self, run: Run, entry: dict[str, Any]) -> None:
-        """Store an entry in place of one with the same key."""
+        """Store the entry of a run; it replaces an entry with the same key."""
         with self._lock:
             key = run.key
             self.data["runs"] = [e for e in self.runs if any(e[name] != value for name, value in key.items())] + [entry]
@@ -51,7 +51,7 @@ class Store:
             self.save()
 
     def save(self) -> None:
-        """Write the file in one piece, an entry a line."""
+        """Write the file atomically, with one line per entry."""
         lines = ",\n".join(json.dumps(entry) for entry in self.runs)
         rest = json.dumps({name: value for name, value in self.data.items() if name != "runs"} | {"runs": []}, indent=1)
         head, _, tail = rest.rpartition("[]")

@@ -1,7 +1,7 @@
-"""Runs of one recipe that are compared side by side at equal steps or samples, for benchmarks that have no task.
+"""Runs of one recipe that are compared at equal steps or samples, for benchmarks outside of ``clock.py``.
 
-Every run is the recipe in a process of its own, in mixed order. An interrupted sweep goes on where it stopped; runs of
-other code, flags or versions are made anew. What techniques save is measured by ``clock.py``.
+Every run is the recipe in its own process, in random order. An interrupted sweep continues where it stopped; runs of
+other code, flags or versions are made again. ``clock.py`` measures the savings of techniques.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scipy.stats import ttest_1samp, ttest_ind
 
 __all__ = ["TUNING_SEED", "Preset", "Run", "Sweep", "above", "command"]
 
-TUNING_SEED = 1_000  # not one of the seeds that are reported
+TUNING_SEED = 1_000  # this seed is not reported
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Preset:
     """The runs of one sweep.
 
     Attributes:
-        flags: Of every run.
-        lrs: Learning rates, those to begin with where rates are tuned.
+        flags: Flags of every run.
+        lrs: Learning rates; if rates are tuned, the initial grid.
         steps: Length of a run.
-        jobs: Runs at a time.
-        threads: Threads of each run.
+        jobs: Number of runs at a time.
+        threads: Threads of each run; None for torch's default.
         metric: Name of the loss that is compared.
     """
 
@@ -57,7 +57,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of the recipe, of one of the sides that are compared."""
+    """One training run of the recipe, for one of the sides that are compared."""
 
     side: str
     steps: int
@@ -71,7 +71,7 @@ class Run:
 
 @dataclass
 class Sweep:
-    """The runs of one recipe, made or found in ``folder``; ``sides`` are flags by name."""
+    """Makes the runs of one recipe, or finds them in ``folder``; ``sides`` holds the flags of each side by name."""
 
     recipe: str
     preset: Preset
@@ -83,7 +83,7 @@ class Sweep:
 
     @cached_property
     def code(self) -> list[str]:
-        """Digest of all code that a run may use, and the versions of what it stands on."""
+        """Digest of all code that a run may use, and versions of its main dependencies."""
         folders = ("lit_scale", "datamodules", "callbacks")
         files = [file for part in folders for file in sorted((ROOT / part).rglob("*.py"))]
         held = b"".join(file.read_bytes() for file in [*files, ROOT / "recipes" / f"{self.recipe}.py"])
@@ -91,7 +91,7 @@ class Sweep:
         return [hashlib.blake2b(held, digest_size=16).hexdigest(), *versions]
 
     def flags(self, run: Run) -> list[str]:
-        """Of the recipe; override for sides that differ in more than their flags."""
+        """Flags of the recipe for a run; override it if sides differ in more than ``sides``."""
         return [
             *self.preset.flags,
             *self.sides[run.side],
@@ -105,7 +105,7 @@ class Sweep:
         ]
 
     def make(self, run: Run) -> dict[str, Any]:
-        """The run's record, from its folder if the same run has been finished before."""
+        """Make a run and return its record, which is read from its folder if the same run is complete there."""
         folder, wanted = self.folder / run.name, {"flags": self.flags(run), "code": self.code}
         result, begun, done = folder / "result.json", folder / "begun.json", folder / "done.json"
         if result.exists() and done.exists() and json.loads(done.read_text()) == wanted:
@@ -137,7 +137,7 @@ class Sweep:
         return json.loads(result.read_text())
 
     def make_all(self, runs: Iterable[Run], what: str) -> dict[Run, dict[str, Any]]:
-        """All of these runs, several at a time, in mixed order, so that a slow hour falls on all sides."""
+        """Make all runs, several at a time, in random order, so that slow periods of the machine affect all sides."""
         runs = list(runs)
         random.Random(0).shuffle(runs)
         records: dict[Run, dict[str, Any]] = {}
@@ -162,10 +162,10 @@ class Sweep:
 
 
 def above(own: Sequence[float], other: Sequence[float], *, paired: bool = False) -> dict[str, float | None]:
-    """How far the mean of ``own`` lies above that of ``other``, as a share of it, with a 95% interval over seeds.
+    """Relative difference of the means of ``own`` and ``other``, with a 95% interval over seeds.
 
-    The interval is Student's of the difference: Welch's, or of the differences seed by seed if ``paired``. Below three
-    seeds there is none.
+    The interval is from Welch's t-test, or from a paired t-test if ``paired``. With fewer than three seeds there is
+    none.
 
     >>> above([1.1, 1.1, 1.1], [1.0, 1.0, 1.0])
     {'estimate': 0.1, 'low': 0.1, 'high': 0.1}
@@ -174,7 +174,7 @@ def above(own: Sequence[float], other: Sequence[float], *, paired: bool = False)
     found: dict[str, float | None] = {"estimate": float(np.mean(own)) / mean - 1, "low": None, "high": None}
     if min(len(own), len(other)) >= 3:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of values that do not differ
+            warnings.simplefilter("ignore", RuntimeWarning)  # raised if all values are equal
             test = ttest_1samp(np.subtract(own, other), 0.0) if paired else ttest_ind(own, other, equal_var=False)
             ends = np.array(test.confidence_interval(0.95)) / mean
         low, high = ends if np.isfinite(ends).all() else np.full(2, found["estimate"], dtype=float)
@@ -183,7 +183,7 @@ def above(own: Sequence[float], other: Sequence[float], *, paired: bool = False)
 
 
 def command(script: str, args: list[str]) -> str:
-    """The command line for the record, without where this machine keeps its runs.
+    """The command line for the record, without the folders of runs and results.
 
     >>> command("large_batch", ["--runs", "/a/b", "--seeds", "3", "--out=/c"])
     'python benchmarks/large_batch.py --seeds 3'

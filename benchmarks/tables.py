@@ -1,8 +1,8 @@
-"""Everything that is generated from the stored results: tables of the README and of docs/, and the pictures.
+"""Generates the tables of the README and of docs/, and the pictures, from the stored results.
 
     python benchmarks/tables.py
 
-Nothing is measured here, and nothing but the stored files is read. ``check.py`` tells whether the pages are up to date.
+Nothing is measured here; only the stored files are read. ``check.py`` reports whether the pages are up to date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import more_tables  # noqa: E402
+import component_tables  # noqa: E402
 import tasks_gpu  # noqa: E402
 from analysis import TUNING, envelope, plain_points, price_of  # noqa: E402
 from entries import ENTRIES  # noqa: E402
@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KNOWN: dict[str, Task] = TASKS | tasks_gpu.TASKS
 NO_VALUE: dict[str, Any] = {"estimate": None, "low": None, "high": None, "reason": "not measured"}
 
-_REASONS = {  # what analysis says, in fewer words
+_REASONS = {  # reasons of analysis.py, shortened for tables
     r"an interval needs runs of at least two seeds.*": "too few seeds",
     r"better than the longest plain run: at least (-\d+%) saved": "better than the longest plain run",
     r"better than the longest plain run: at least (\d+%) saved": r"at least \1: better than the longest plain run",
@@ -50,7 +50,7 @@ _REASONS = {  # what analysis says, in fewer words
 
 @dataclass(frozen=True)
 class Measured:
-    """A technique on a task: its file of results, and the plain runs of the task."""
+    """A technique on a task: its result file, and the plain runs of the task."""
 
     name: str
     task: Task
@@ -59,28 +59,28 @@ class Measured:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """What the clock says of its headline network."""
+        """The stored result."""
         return self.store.data["result"]
 
     @property
     def technique(self) -> str:
-        """Stem of its card."""
+        """Name of the technique, which is the stem of its card."""
         return self.store.data["technique"]
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name for tables and pictures."""
         kind = self.store.data.get("kind", "")
         return self.technique.replace("_", " ") + (f" ({kind})" if kind else "")
 
     @property
     def missing_seeds(self) -> int:
-        """How many of the seeds that are reported it has not been trained with yet."""
+        """Number of the reported seeds without a run."""
         return len(set(self.task.seeds) - set(self.result["seeds"]))
 
 
 def measured(folder: Path) -> list[Measured]:
-    """Techniques with results, in the order of the headline: loss at equal cost against the best plain network."""
+    """Techniques with results, ordered by their loss at equal cost against the best plain network."""
     found = []
     plain: dict[str, Store] = {}
     for path in sorted(folder.glob("*.json")):
@@ -99,7 +99,7 @@ def measured(folder: Path) -> list[Measured]:
 
 @dataclass(frozen=True)
 class PlainPoint:
-    """Plain runs that differ in their seed only."""
+    """Plain runs that differ only in their seed."""
 
     size: str
     steps: int
@@ -109,26 +109,26 @@ class PlainPoint:
 
     @property
     def tuning(self) -> bool:
-        """Whether its seeds are those that choices are made with."""
+        """Whether these are runs for tuning."""
         return self.runs[0]["seed"] >= TUNING
 
     @property
     def tokens_per_parameter(self) -> float:
-        """How much each weight has seen."""
+        """Trained tokens per parameter."""
         return self.runs[0]["tokens"] / self.runs[0]["parameters"]
 
     def counts(self, store: Store, task: Task) -> bool:
-        """Whether these are the runs that techniques are compared with: at the rate that was chosen, not tuning."""
+        """Whether techniques are compared with these runs: not for tuning, and at the chosen learning rate."""
         reported = plain_points(store, task).get((self.size, self.steps), {})
         return not self.flags and not self.tuning and any(run["lr"] == self.lr for run in reported.values())
 
     def losses(self, split: str, metric: str) -> list[float]:
-        """One of each seed."""
+        """The losses on a split, one per seed."""
         return [run[split][metric] for run in self.runs]
 
 
 def plain_points_of(store: Store) -> list[PlainPoint]:
-    """All plain runs of a task, those for wall time left out, by size, then length."""
+    """All plain runs of a task except those for wall time, ordered by size and length."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in store.runs:
         if run["technique"] is None and not run["again"]:
@@ -139,7 +139,7 @@ def plain_points_of(store: Store) -> list[PlainPoint]:
 
 
 def minutes(cost: float, store: Store) -> float:
-    """A cost, in steps of the unit, in minutes of one core."""
+    """Convert a cost in steps of the unit to minutes of one core."""
     return cost * store.data["prices"]["unit_seconds"] / 60
 
 
@@ -147,7 +147,7 @@ def minutes(cost: float, store: Store) -> float:
 
 
 def brief(reason: str) -> str:
-    """Why there is no estimate, in few words.
+    """The reason why there is no estimate, shortened.
 
     >>> brief("its loss, 1.702, is worse than the shortest plain run's 1.650")
     'worse than the shortest plain run'
@@ -180,14 +180,14 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict(one: Mapping[str, Any]) -> str:
-    """What a difference of losses says, read with its whole interval."""
+    """What the whole interval of a difference of losses shows, in words."""
     if one["high"] < 0:
         return "better than"
     return "worse than" if one["low"] > 0 else "not told apart from"
 
 
 def against_control(result: Mapping[str, Any]) -> str:
-    """The static control, by name, and how far the technique lies from it."""
+    """The static control, and the difference of the technique's loss to it."""
     control = result.get("static_control", NO_VALUE | {"about": "none"})
     if control["estimate"] is None:
         return (
@@ -199,7 +199,7 @@ def against_control(result: Mapping[str, Any]) -> str:
 
 
 def control_does_as_well(result: Mapping[str, Any]) -> str:
-    """Said of a gain over the same network that the static control has too."""
+    """A note that the static control has the same gain over the same network; empty if it does not."""
     control, gain = result.get("static_control", NO_VALUE), result["loss_at_equal_cost"]["same_network"]
     if control["estimate"] is None or gain["estimate"] is None or gain["estimate"] >= 0 or control["high"] < 0:
         return ""
@@ -209,13 +209,13 @@ def control_does_as_well(result: Mapping[str, Any]) -> str:
 
 
 def wins(one: Measured) -> bool:
-    """Whether it beats the best plain network and its static control, both with the whole interval, over all seeds."""
+    """Whether it beats the best plain network and its static control, each with the whole interval and all seeds."""
     both = (one.result["loss_at_equal_cost"]["any_size"], one.result.get("static_control", NO_VALUE))
     return not one.missing_seeds and all(own["estimate"] is not None and own["high"] < 0 for own in both)
 
 
 def wall(result: Mapping[str, Any]) -> str:
-    """The saving in wall time against the same network, and whether it contradicts the priced one."""
+    """The saving in wall time against the same network, and whether it contradicts the saving in priced steps."""
     own, priced = result["wall"], result["saving"]["same_network"]
     text = percent(own)
     if own["estimate"] is None or priced["estimate"] is None:
@@ -226,12 +226,12 @@ def wall(result: Mapping[str, Any]) -> str:
 
 
 def network(result: Mapping[str, Any]) -> str:
-    """Size, and how much each of its weights has seen."""
+    """Size and trained tokens per parameter."""
     return f"{result['size']}, {result['tokens_per_parameter']:.0f} tokens per parameter"
 
 
 def tried(one: Measured) -> str:
-    """Seeds and settings."""
+    """Number of seeds, and of settings that were tried."""
     seeds = f"{len(one.result['seeds'])} seeds"
     if one.missing_seeds:
         seeds = f"**incomplete**: {len(one.result['seeds'])} of {len(one.task.seeds)} seeds"
@@ -239,7 +239,7 @@ def tried(one: Measured) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a table in Markdown."""
+    """Lines of a Markdown table."""
     head = list(head)
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
 
@@ -248,7 +248,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def savings_table(found: Sequence[Measured], docs: Path) -> str:
-    """A row per technique and task, the best first, and what has not been measured."""
+    """A row for each technique and task, the best first, and a list of those that have not been measured."""
     head = (
         "technique",
         "task",
@@ -295,7 +295,7 @@ def savings_table(found: Sequence[Measured], docs: Path) -> str:
 
 
 def task_section(task: Task, plain: Store, found: Sequence[Measured], docs: Path) -> str:
-    """Plain runs, rates that were tried, and techniques on one task."""
+    """The section of a task: plain runs, rates that were tried, and techniques."""
     if "prices" not in plain.data or not plain.runs:
         return "Not measured yet."
     points, metric = plain_points_of(plain), task.metric.replace("_", " ")
@@ -344,7 +344,7 @@ def task_section(task: Task, plain: Store, found: Sequence[Measured], docs: Path
 
 
 def tuning_lines(points: Sequence[PlainPoint], task: Task) -> Iterator[str]:
-    """Rates that were tried, on the validation split and with a seed of their own."""
+    """Learning rates that were tried, with their validation losses."""
     groups: dict[tuple[Any, ...], list[PlainPoint]] = {}
     for point in points:
         groups.setdefault((point.size, point.steps, point.flags), []).append(point)
@@ -357,7 +357,7 @@ def tuning_lines(points: Sequence[PlainPoint], task: Task) -> Iterator[str]:
 
 
 def technique_lines(found: Sequence[Measured], docs: Path) -> Iterator[str]:
-    """Techniques on a task, on each of their networks."""
+    """A table of the techniques of a task, with a row for each of their networks."""
     rows = []
     for one in found:
         for own in (one.result["networks"][name] for name in headline_first(one)):
@@ -381,7 +381,7 @@ def technique_lines(found: Sequence[Measured], docs: Path) -> Iterator[str]:
 
 
 def headline_first(one: Measured) -> list[str]:
-    """Names of its networks."""
+    """Names of its networks, the headline network first."""
     return sorted(one.result["networks"], key=lambda name: (name != one.store.data["headline"], name))
 
 
@@ -389,7 +389,7 @@ def headline_first(one: Measured) -> list[str]:
 
 
 def card_section(one: Measured) -> str:
-    """Everything of one technique on one task."""
+    """The results of one technique on one task, for its card."""
     names = [name for name in headline_first(one) if one.result["networks"][name].get("loss") is not None]
     own = [one.result["networks"][name] for name in names]
     chosen = [one.store.data["chosen"][name] for name in names]
@@ -438,7 +438,7 @@ def card_section(one: Measured) -> str:
 
 
 def runs_of(one: Measured, name: str) -> list[dict[str, Any]]:
-    """The runs that are reported of a network, by seed."""
+    """The reported runs of a network, ordered by seed."""
     chosen, size = one.store.data["chosen"][name], one.store.data["networks"][name][0]
     wanted: tuple[Any, ...] = (size, chosen["steps"], chosen["lr"], chosen["flags"], [], "")
     runs = [
@@ -451,7 +451,7 @@ def runs_of(one: Measured, name: str) -> list[dict[str, Any]]:
 
 
 def others(metrics: Mapping[str, float], compared: str) -> str:
-    """Metrics beside the one that is compared."""
+    """All metrics except the one that is compared."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items() if name != compared)
 
 
@@ -459,7 +459,7 @@ def others(metrics: Mapping[str, float], compared: str) -> str:
 
 
 def update(text: str, name: str, body: str) -> str:
-    """``text`` with what stands between the marks of ``name`` replaced."""
+    """Replace the part of ``text`` between the marks of ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, found, rest = text.partition(begin)
     if not found:
@@ -470,7 +470,7 @@ def update(text: str, name: str, body: str) -> str:
 
 
 def with_section(text: str, name: str, body: str) -> str:
-    """A card with a result in its place, which is made under "Measured" where it has none."""
+    """Put a result into a card; without marks for it, they are added at the end of the section "Measured"."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if begin not in text:
         before, heading, rest = text.partition("\n## Measured\n")
@@ -483,7 +483,7 @@ def with_section(text: str, name: str, body: str) -> str:
 
 
 def pages(folder: Path = RESULTS, root: Path = ROOT) -> dict[Path, str]:
-    """All pages that hold generated parts, as the results in ``folder`` have them."""
+    """All pages, with generated parts made from the results in ``folder``."""
     found, docs = measured(folder), root / "docs"
     texts = {path: path.read_text() for path in [root / "README.md", *sorted(docs.glob("*.md"))] if path.exists()}
 
@@ -501,25 +501,25 @@ def pages(folder: Path = RESULTS, root: Path = ROOT) -> dict[Path, str]:
         if card in texts:
             name = one.name.removeprefix(f"{one.technique}.")
             texts[card] = with_section(texts[card], f"result.{name}", card_section(one))
-    put(readme, "memory", more_tables.memory_lines(more_tables.stored(folder, "memory")))
-    put(readme, "throughput", more_tables.throughput_lines(more_tables.stored(folder, "throughput")))
-    put(readme, "overhead", more_tables.overhead_lines(more_tables.stored(folder, "overhead")))
-    for result in more_tables.stored(folder, "large_batch"):
+    put(readme, "memory", component_tables.memory_lines(component_tables.stored(folder, "memory")))
+    put(readme, "throughput", component_tables.throughput_lines(component_tables.stored(folder, "throughput")))
+    put(readme, "overhead", component_tables.overhead_lines(component_tables.stored(folder, "overhead")))
+    for result in component_tables.stored(folder, "large_batch"):
         name = f"large_batch.{result['preset']}"
-        put(readme, name, more_tables.large_batch_table(result))
-        put(docs / "large_batch.md", name, more_tables.large_batch_lines(result))
-    for result in more_tables.stored(folder, "memory"):
+        put(readme, name, component_tables.large_batch_table(result))
+        put(docs / "large_batch.md", name, component_tables.large_batch_lines(result))
+    for result in component_tables.stored(folder, "memory"):
         if result.get("parity"):
-            put(docs / "eight_bit_optimizer.md", f"memory.{result['preset']}", more_tables.parity_lines(result))
-    for result in more_tables.stored(folder, "mae_step"):
-        put(docs / f"{result['technique']}.md", f"step.{result['preset']}", more_tables.mae_step_lines(result))
+            put(docs / "eight_bit_optimizer.md", f"memory.{result['preset']}", component_tables.parity_lines(result))
+    for result in component_tables.stored(folder, "mae_step"):
+        put(docs / f"{result['technique']}.md", f"step.{result['preset']}", component_tables.mae_step_lines(result))
     return texts
 
 
 def update_pages(folder: Path) -> list[Path]:
-    """Write the generated parts of all pages anew, if these are the project's own results; which have changed."""
+    """Update the generated parts of all pages, if ``folder`` is the project's own; return the pages that changed."""
     if folder.resolve() != RESULTS:
-        return []  # somebody's own, kept apart by --out
+        return []  # results of a user, written elsewhere with --out
     changed = {path: text for path, text in pages(folder).items() if path.read_text() != text}
     for path, text in changed.items():
         path.write_text(text)
@@ -527,9 +527,9 @@ def update_pages(folder: Path) -> list[Path]:
 
 
 def loss_interval(result: Mapping[str, Any], losses: Sequence[float]) -> tuple[float, float]:
-    """How far the interval of a technique's loss reaches down and up, for the pictures.
+    """Lengths of the error bar of a technique's loss, down and up.
 
-    That of its difference to the best plain network, which is what counts; where there is none, that of its own losses.
+    The interval is that of the difference to the best plain network; without an estimate, that of the losses.
     """
     own = result["loss_at_equal_cost"]["any_size"]
     if own["estimate"] is not None:

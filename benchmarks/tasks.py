@@ -1,8 +1,8 @@
-"""The tasks that techniques are judged on: data, a ladder of plain networks, budgets, and what a run of each costs.
+"""The tasks on which techniques are measured: data, a ladder of plain networks, and budgets.
 
-A baseline belongs to a task. Its plain runs are made once, by size, budget and seed, and all techniques of the task are
-compared with them. Costs are given in steps of one plain network, the task's *unit*: a price in seconds changes from
-hour to hour, the ratio of two steps that are timed in turn does not.
+Baselines belong to tasks: the plain runs of a task are made once, by size, budget and seed, and all of its techniques
+are compared with them. Costs are in steps of one plain network, the task's *unit*. The seconds of a step change with
+the load of the machine; the ratio of two steps that are timed in turn does not.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ class Task:
     """Data, metric, sizes, budgets and rates.
 
     Attributes:
-        name: Of the task and of its file of results.
-        about: One line for tables.
-        recipe: Whose ``--baseline`` is the plain run.
-        flags: Of every run, with and without a technique.
-        sizes: Flags of each network of the ladder, from the smallest.
+        name: Name of the task and of its result file.
+        about: A description in one line, for tables.
+        recipe: Name of the recipe whose ``--baseline`` is the plain run.
+        flags: Flags of all runs, with and without a technique.
+        sizes: Flags of each network of the ladder, the smallest first.
         unit: The size whose plain step is the unit of cost.
-        budgets: In steps of the unit, ascending, each about twice the one before; about 30, 60, 120 and 240 seconds of
-            one core.
+        budgets: Costs of the runs, in steps of the unit, ascending, each about twice the one before. On a CPU they are
+            about 30, 60, 120 and 240 seconds of one core.
         headline: The budget at which techniques are compared.
-        trained: The size that is trained properly, on about 20 tokens per parameter, and the budget for that.
-        judged_on: Which of the two networks the headline of a technique is told of: ``"envelope"``, the best plain one
-            at the headline budget, or ``"trained"``. It is decided before the technique runs.
-        rates: Learning rates that tuning begins with.
-        tokens: Of a sample.
-        batches: Other batch sizes that the plain network on the envelope is tried with.
-        metric: What is compared, among a split's metrics; lower is better.
-        seeds: That are reported.
-        jobs: Runs at a time.
-        machine: Flags that say where a run is made.
+        trained: A size and the budget that trains it on about 20 tokens per parameter.
+        judged_on: The network of a technique's headline result: ``"envelope"``, the best plain one at the headline
+            budget, or ``"trained"``. It is fixed before the technique runs.
+        rates: Initial grid of learning rates.
+        tokens: Tokens of a sample.
+        batches: Other batch sizes to try on the best plain network.
+        metric: Name of the metric that is compared; lower is better.
+        seeds: Seeds whose runs are reported.
+        jobs: Number of runs at a time.
+        machine: Flags for the device.
     """
 
     name: str
@@ -71,18 +71,18 @@ class Task:
 
 
 def network(depth: int, width: int, **more: float | str) -> tuple[str, ...]:
-    """Flags of a network with heads of 32 channels; initial weights as for 768 channels, scaled by 1 / sqrt(width)."""
+    """Flags of a network with heads of 32 channels; initial standard deviation 0.02 at width 768, ~ 1 / sqrt(width)."""
     flags = {"depth": depth, "width": width, "num_heads": max(1, width // 32), "init_std": round(0.55 / width**0.5, 3)}
     return tuple(f"--model.{name}={value}" for name, value in (flags | more).items())
 
 
 def ladder(*sizes: tuple[int, int]) -> dict[str, tuple[str, ...]]:
-    """Networks by name, ``2x64`` for two blocks of 64 channels."""
+    """Flags of networks by name: ``2x64`` has two blocks of 64 channels."""
     return {f"{depth}x{width}": network(depth, width) for depth, width in sizes}
 
 
 TEXT = ("--model.positions=rotary", "--data.val_fraction=0.05", "--data.test_fraction=0.05")
-ALIKE = ("--data.imbalance=1", "--data.label_noise=0.0", "--data.part=[0.0,1.0]")  # all samples are equally good
+ALIKE = ("--data.imbalance=1", "--data.label_noise=0.0", "--data.part=[0.0,1.0]")  # no imbalance, no wrong labels
 SMALL_DIGITS = (
     "--model.patch_size=4",
     "--data.source=digits",
@@ -99,7 +99,7 @@ MAE = {"decoder_depth": 1, "decoder_width": 64, "decoder_heads": 2, "mask_ratio"
 
 
 def autoencoders(*sizes: tuple[int, int], **more: float) -> dict[str, tuple[str, ...]]:
-    """Networks of masked image modelling, whose initial weights the module scales itself."""
+    """Flags of networks for masked image modelling, which set the scale of their initial weights themselves."""
     return {
         f"{depth}x{width}": tuple(flag for flag in network(depth, width, **more) if "init_std" not in flag)
         for depth, width in sizes

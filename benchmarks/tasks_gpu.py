@@ -1,11 +1,11 @@
-"""Tasks of a GPU's size. NONE OF THEM HAS EVER BEEN RUN: no GPU was at hand.
+"""Tasks for a GPU. NONE OF THEM HAS EVER BEEN RUN, because no GPU was available.
 
     python benchmarks/clock.py list --gpu
     python benchmarks/clock.py plain text_mlm_gpu --gpu
 
-Sizes, budgets and rates are guesses for one GPU of 24 GB or more, and the tests only see to it that the recipes take
-the flags. Expect hours for each task, and read the first prices before you believe in the budgets. A budget counts
-steps of the smallest network of a ladder. Techniques keep the settings that they have on a CPU.
+Sizes, budgets and rates are guesses for one GPU with 24 GB or more; the tests only check that the recipes accept the
+flags. Expect hours for each task, and check the first prices before relying on the budgets. Budgets are in steps of the
+smallest network of a ladder. Techniques have the same settings as on a CPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IMAGES = (
 
 
 def ladder(*sizes: tuple[int, int], scaled: bool = True, **more: float) -> dict[str, tuple[str, ...]]:
-    """Networks with heads of 64 channels; without ``scaled`` their modules choose the initial weights themselves."""
+    """Flags of networks with heads of 64 channels; without ``scaled`` the module sets the scale of initial weights."""
     made = {f"{d}x{w}": network(d, w, num_heads=w // 64, **more) for d, w in sizes}
     return {name: tuple(flag for flag in own if scaled or "init_std" not in flag) for name, own in made.items()}
 
@@ -160,7 +160,7 @@ TASKS = {
 
 
 def scaled(control: Control, sizes: Iterable[str]) -> Control:
-    """A control that is a smaller network, for the networks of another ladder: by the same factors."""
+    """A control that is a smaller network, converted to another ladder by the same factors of depth and width."""
     if not control.size:
         return control
 
@@ -178,7 +178,7 @@ def scaled(control: Control, sizes: Iterable[str]) -> Control:
 
 
 def on_gpu(entry: Entry) -> Entry:
-    """The same technique on the task of a GPU's size."""
+    """The entry of the same technique on the corresponding GPU task."""
     task, cpu = TASKS[f"{entry.task}_gpu"], TASKS_OF_CPU[entry.task]
     control = scaled(entry.control, task.sizes)
     control = replace(control, batch_size=control.batch_size * task.batch_size // cpu.batch_size)

@@ -4,12 +4,11 @@
     python benchmarks/throughput.py --preset gpu
 
 A step is forward, masked loss, backward and fused AdamW, on random tokens, with equal depth, width, heads, vocabulary,
-batch and optimizer, learned positions and no dropout. ``torch`` and ``timm`` stand where our encoder stood, between our
-embedding and our head; ``huggingface`` is BertForMaskedLM as it comes, whose head computes all positions. Repetitions
-are interleaved in rotating order, so that a noisy second hits all alike. The headline is ours / fastest peer, the
-median of paired ratios with a bootstrap interval: at most 1 means that ours is not slower. On a CPU there is one
-thread unless ``--threads`` asks for more, and its own time is counted, so that other processes do not matter; with more
-threads, and on a GPU, it is wall time.
+batch and optimizer, learned positions and no dropout. ``torch`` and ``timm`` replace our encoder between our embedding
+and our head; ``huggingface`` is BertForMaskedLM, whose head computes all positions. Repetitions are interleaved in
+rotating order, so that disturbances affect all alike. The headline is ours / fastest peer, the median of paired ratios
+with a bootstrap interval; below 1, ours is faster. On a CPU with one thread, which is the default, processor time is
+measured, so that other processes matter little; with more threads, and on a GPU, wall time.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ Contestant = tuple[nn.Module, Callable[[Batch], Tensor]]
 
 
 class Trunk(nn.Module):
-    """Somebody else's blocks in the place of our encoder."""
+    """Blocks of another library, in place of our encoder."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -142,7 +141,7 @@ CONTESTANTS = {OURS: ours, **PEERS, ROTARY: rotary}
 
 
 def random_batch(size: Size, device: torch.device) -> Batch:
-    """Random tokens in the form of our data module, and the same labels in Hugging Face's form."""
+    """Random tokens and labels in the format of our data module, and the same labels in Hugging Face's format."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(size.vocab_size, (size.batch, size.length), generator=generator)
     positions = torch.rand(size.batch, size.length, generator=generator).argsort(1)[:, : size.num_masked].sort(1).values
@@ -157,7 +156,7 @@ def random_batch(size: Size, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds on one device: of the only thread where there is one, else of the wall."""
+    """Measures seconds on one device: processor time on a CPU with one thread, else wall time."""
 
     device: torch.device
 
@@ -166,7 +165,7 @@ class Clock:
         return "cpu" if self.device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
     def seconds(self, step: Callable[[], None], count: int) -> float:
-        """Mean of one step, over ``count`` of them."""
+        """Mean seconds of a step, over ``count`` steps."""
         now = time.process_time if self.name == "cpu" else time.perf_counter
         self._synchronize()
         start = now()
@@ -183,7 +182,7 @@ class Clock:
 def training_step(
     contestant: Contestant | Any, batch: Any, precision: AbstractContextManager[Any]
 ) -> Callable[[], None]:
-    """The step as a function without arguments."""
+    """A function without arguments that makes one training step."""
     model, loss = contestant
     model.train()
     optimizer = create_optimizer(model, "adamw", lr=1e-4, weight_decay=0.01)
@@ -199,7 +198,7 @@ def training_step(
 
 
 def ratio(ours: list[float], peer: list[float]) -> dict[str, float]:
-    """Median of the paired ratios and its bootstrap 95 % interval."""
+    """Median of the paired ratios, with a bootstrap 95% interval."""
     ratios = np.array(ours) / np.array(peer)
     draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
@@ -207,14 +206,14 @@ def ratio(ours: list[float], peer: list[float]) -> dict[str, float]:
 
 
 def measure(size: Size, repeats: int, seconds: float, clock: Clock, report: Callable[[str], None]) -> dict[str, Any]:
-    """All contestants at one size.
+    """Measure all contestants at one size.
 
     Args:
-        size: Of model and batch.
-        repeats: Interleaved repetitions.
-        seconds: About how long each contestant runs in one repetition.
-        clock: What counts the seconds, and where.
-        report: Told what is being done.
+        size: Size of model and batch.
+        repeats: Number of interleaved repetitions.
+        seconds: Approximate time of each contestant in one repetition.
+        clock: The clock, which also names the device.
+        report: Called with messages on the progress.
     """
     device = clock.device
     batch = random_batch(size, device)
@@ -282,8 +281,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--repeats", type=int, default=151, help="interleaved repetitions (default: 151)")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each contestant in a repetition (default: 0.1)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="time per contestant and repetition (default: 0.1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/throughput.<preset>.json")
     options = parser.parse_args(args)
     if options.repeats < 1 or options.threads < 1:

@@ -1,4 +1,4 @@
-"""Callbacks: one technique a file, named after it."""
+"""Callbacks: one module for each technique."""
 
 from lit_scale.callbacks.batch_ramp import BatchRamp
 from lit_scale.callbacks.dynamic_sparsity import DynamicSparsity

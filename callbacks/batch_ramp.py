@@ -1,9 +1,9 @@
 """Batch ramp (Smith et al., ICLR 2018; McCandlish et al. 2018): small batches first, large ones later.
 
-    accumulate B(progress) / b micro-batches of b samples, B ascending by stages of the run
+    accumulate B(progress) / b micro-batches of b samples each; B grows by stages of the run
 
-The batch beyond which a larger one saves few steps grows while the loss falls. A ramp follows it: early steps take no
-more samples than help, late ones are as large as the devices can share.
+The critical batch size, beyond which a larger batch saves few steps, grows while the loss falls. A ramp follows it:
+batches are small at first, and as large as the devices can share at the end.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ __all__ = ["BatchRamp"]
 class BatchRamp(Technique):
     """Raises the batch by stages of the run, by accumulating more micro-batches.
 
-    A stage's start is a fraction of the run as every technique and schedule sees it: of the optimizer steps where
-    ``max_steps`` limits the run, of the data where ``max_epochs`` does (``limit_train_batches`` cuts an epoch to any
-    number), of the time under ``max_time``. With ``max_steps`` a ramp saves samples, with ``max_epochs`` steps. A stage
-    begins with the first optimizer step from there on at which the batches of the epoch are a multiple of its own.
+    The start of a stage is a fraction of the run: of the optimizer steps if ``max_steps`` limits the run, of the data
+    if ``max_epochs`` does (``limit_train_batches`` shortens an epoch), of the time with ``max_time``. With
+    ``max_steps`` the run sees fewer samples than with the last batch size throughout; with ``max_epochs`` it makes
+    fewer steps than with the first. A stage begins at the first optimizer step after its start at which the number of
+    micro-batches so far in the epoch is a multiple of the stage's own number.
 
     Args:
-        stages: (start, batch) pairs; starts ascend from 0 and stay below 1; batches ascend, each a multiple of the one
+        stages: (start, batch) pairs; starts ascend from 0 and are below 1; batches ascend, each a multiple of the one
             before, in samples of all ranks (int), or as a fraction of the batch that the Trainer accumulates (float).
-        scaling: How the learning rate of a stage relates to that of the last one: ``"sqrt"``, ``"linear"``, or
-            ``"none"`` as in Smith et al., where a larger batch replaces a smaller rate.
+        scaling: How the learning rate of a stage depends on the ratio of its batch to the last one: ``"sqrt"``,
+            ``"linear"``, or ``"none"`` as in Smith et al., where a larger batch takes the place of a smaller rate.
 
     Raises:
-        ValueError: At construction or before the first step, if the stages do not ascend or divide.
+        ValueError: At construction or before the first step, if the stages do not ascend, a batch is no multiple of
+            the one before, or an epoch ends inside an optimizer step.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -61,9 +63,9 @@ class BatchRamp(Technique):
         self.stages = check_starts(stages, "batch")
         self.scaling = scaling
         self._starts = [start for start, _ in self.stages]
-        self._sizes: list[int] = []  # in micro-batches of a rank
-        self._own = 0  # those that the Trainer accumulates without the ramp
-        self._window = 0  # the one now
+        self._sizes: list[int] = []  # of each stage, in micro-batches of a rank
+        self._own = 0  # micro-batches that the Trainer accumulates without the ramp
+        self._window = 0  # micro-batches of the current step
         self.windows: Windows = []
 
     def settings(self) -> dict[str, Any]:
@@ -71,11 +73,11 @@ class BatchRamp(Technique):
         return {"stages": [list(stage) for stage in self.stages], "scaling": self.scaling}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where stages began, which follows from the settings unless time limits the run."""
+        """First step of each stage; it follows from the settings unless ``max_time`` limits the run."""
         return {"windows": [list(window) for window in self.windows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep to them."""
+        """Restore the first step of each stage."""
         self.windows = [(first, size) for first, size in state_dict["windows"]]
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class BatchRamp(Technique):
         self.windows, self._sizes = [], []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan when each stage begins; under ``max_time`` that is decided step by step."""
+        """Plan when each stage begins; with ``max_time`` this is decided during the run."""
         self._own = trainer.accumulate_grad_batches
         self._sizes = self._resolve(trainer)
         if _by_the_clock(trainer):
@@ -106,7 +108,7 @@ class BatchRamp(Technique):
             self.windows = plan_windows(self._starts, self._sizes, max_steps=trainer.max_steps, batches=data)
             if before and _until(before, step) != _until(self.windows, step):
                 raise ValueError(
-                    "BatchRamp: the run has another length than the checkpoint's, so that stages would have begun at "
+                    "BatchRamp: the length of the run differs from the checkpoint's, so stages would have begun at "
                     "other steps; resume with the same max_steps, max_epochs and data"
                 )
             check_epoch(trainer, self.windows)
@@ -115,7 +117,7 @@ class BatchRamp(Technique):
             self.undo_later(scale_rates(optimizer, self._rate))
 
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set how many micro-batches the step takes; under ``max_time``, begin the next stage if it is due."""
+        """Set the micro-batches of the step; with ``max_time``, begin the next stage if it is due."""
         if _by_the_clock(trainer):
             due = self._sizes[stage_at(progress(trainer), self._starts)]
             if due != self.windows[-1][1] and trainer.fit_loop.batch_idx % due == 0:
@@ -127,7 +129,7 @@ class BatchRamp(Technique):
         return {"micro_batches": float(trainer.accumulate_grad_batches * trainer.world_size)}
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the optimizers their rates back, and the Trainer its own accumulation."""
+        """Restore the optimizers' learning rates and the Trainer's accumulation."""
         super().detach(trainer, pl_module)
         restore_accumulation(trainer)
 
@@ -167,15 +169,15 @@ class BatchRamp(Technique):
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """A step takes as many micro-batches as it would without the ramp."""
+        """Whether a step takes as many micro-batches as it would without the ramp."""
         return self._window == self._own
 
     def step_kind(self) -> dict[str, Any]:
-        """Micro-batches of a step; what each of them costs shows in the shape of the batch."""
+        """Micro-batches of a step; the cost of each follows from the shapes of the batch."""
         return {"micro_batches": self._window}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Accumulate as many as that step did."""
+        """Accumulate as many micro-batches as a step of this kind."""
         self._window = kind["micro_batches"]
         accumulate(trainer, self._window)
 

@@ -1,9 +1,10 @@
-"""Dynamic sparsity: a sparse network from the start, whose connections move (RigL, Evci et al. 2020, algorithm 1).
+"""Dynamic sparsity: train a sparse network and move its active weights (RigL, Evci et al. 2020, algorithm 1).
 
-    every T steps, in each layer: drop the share a/2 (1 + cos(pi t / t_end)) of the weights that is smallest, then
-    grow as many where the dense gradient is largest (RigL), or anywhere (SET, Mocanu et al. 2018)
+    every T steps, in each layer: drop the share a/2 (1 + cos(pi t / t_end)) of the active weights that is smallest,
+    then grow as many where the dense gradient is largest (RigL), or at random (SET, Mocanu et al. 2018)
 
-By single weights it saves FLOPs on paper and no time; by whole neurons and heads the products become really shorter.
+With single weights this saves theoretical FLOPs and no time. With whole neurons and heads the matrix products become
+shorter, which saves time.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from lit_scale.schedules import number_or_share
 
 __all__ = ["DynamicSparsity", "drop_and_grow", "drop_share", "swap_in_fours"]
 
-_EVERY = 100  # steps between two updates in RigL, or in a short run this share of it
+_EVERY = 100  # steps between two updates in RigL; in a short run, the share of the run below
 _EVERY_OF_SHORT = 0.1
 
 
 def drop_share(done: float, drop: float, until: float) -> float:
-    """Share of the active weights that is exchanged: half a cosine from ``drop`` to 0 at ``until``.
+    """Share of the active weights that an update replaces: half a cosine from ``drop`` to 0 at ``until``.
 
     Example:
         >>> [round(drop_share(p, drop=0.3, until=0.75), 3) for p in (0.0, 0.375, 0.75, 1.0)]
@@ -41,18 +42,18 @@ def drop_share(done: float, drop: float, until: float) -> float:
 
 
 def drop_and_grow(active: Tensor, magnitude: Tensor, growth: Tensor, count: int) -> Tensor:
-    """Drop the ``count`` active cells that are smallest, and grow as many where the growth score is largest.
+    """Drop the ``count`` smallest active cells, and grow as many where the growth score is largest.
 
-    What was just dropped may grow again (Evci et al. 2020, section 3: all that is not kept).
+    A cell that was just dropped may grow again (Evci et al. 2020, section 3: all that is not kept).
 
     Args:
-        active: Before, (cells,).
-        magnitude: Of the weights, (cells,).
-        growth: Scores, (cells,).
-        count: How many; at most the active ones.
+        active: Mask before the update, (cells,).
+        magnitude: Magnitudes of the weights, (cells,).
+        growth: Growth scores, (cells,).
+        count: Number of cells to replace, at most the number of active ones.
 
     Returns:
-        Active cells afterwards, (cells,), as many as before.
+        Mask after the update, (cells,), with as many active cells as before.
 
     Example:
         >>> active, magnitude = torch.tensor([True, True, False, False]), torch.tensor([3.0, 1.0, 0.0, 0.0])
@@ -67,7 +68,9 @@ def drop_and_grow(active: Tensor, magnitude: Tensor, growth: Tensor, count: int)
 
 
 def swap_in_fours(active: Tensor, magnitude: Tensor, growth: Tensor, count: int) -> Tensor:
-    """The same where two of each four in a row stay active: the smallest are dropped, and their own four grows another.
+    """Like :func:`drop_and_grow` for 2:4 sparsity: a group of four that drops a cell grows another of its own.
+
+    Two cells of each group of four stay active. Arguments and result are those of :func:`drop_and_grow`.
 
     Example:
         >>> active = torch.tensor([True, True, False, False])
@@ -84,35 +87,37 @@ def swap_in_fours(active: Tensor, magnitude: Tensor, growth: Tensor, count: int)
 
 
 class DynamicSparsity(SparseWeights):
-    """Trains a share of the network's weights, and moves that share to where it is needed.
+    """Trains a share of the network's weights, and changes during training which ones these are.
 
     With ``granularity="unit"`` whole feed-forward neurons and attention heads are left out: their layers multiply
-    shorter matrices, in forward and backward. A unit whose weights are all 0 has no gradient, so at a step that grows
-    all units are present, those that are inactive with new random weights leading in and zeros leading out, which
-    leaves the function as it is; the score is the norm of their gradient, and a grown unit keeps these weights. With
-    the other granularities grown weights are 0, and nothing is saved but theoretical FLOPs, reported as
+    shorter matrices, in forward and backward. A unit whose weights are all 0 has no gradient. So at a step that is
+    followed by growth all units are computed, the inactive ones with new random input weights and output weights of 0,
+    which does not change the function. A unit's growth score is the norm of its gradient, and a grown unit keeps these
+    weights. With the other granularities grown weights are 0, and only theoretical FLOPs are saved, reported as
     ``sparse_flops``.
 
     Args:
         density: Share of the weights, or of the units of each layer, that is active, in (0, 1].
-        granularity: ``"unit"``; or single weights, square tiles of them (``"block"``), two of each four (``"2:4"``).
-        grow: Where the ``"gradient"`` is largest (RigL), or at ``"random"`` (SET).
-        distribution: All layers alike (``"uniform"``), or by the Erdos-Renyi-kernel rule (``"erk"``), which is the
-            default for weights and blocks (Evci et al. 2020, section 3).
-        drop: Share of the active ones that is exchanged by the first update (0.3 in RigL); it falls to 0 at ``until``.
-            With 0 the first choice, at random, lasts: a network that is smaller from the start.
-        every: Optimizer steps from update to update (int), or a share of the run (float); by default 100 as in RigL, or
-            a tenth of the run where that is less.
+        granularity: ``"unit"``, ``"weight"`` (single weights), ``"block"`` (square tiles of weights), or ``"2:4"`` (two
+            of each group of four).
+        grow: ``"gradient"``: grow where the gradient is largest (RigL); ``"random"``: anywhere (SET).
+        distribution: ``"uniform"``: equal density in all layers; ``"erk"``: the Erdos-Renyi-kernel rule (Evci et al.
+            2020, section 3). By default ``"erk"`` for ``"weight"`` and ``"block"``, else ``"uniform"``.
+        drop: Share of the active cells that the first update replaces (0.3 in RigL); it falls to 0 at ``until``. With 0
+            the initial random choice is kept, which makes a network that is smaller from the start.
+        every: Optimizer steps between updates (int), or a share of the run (float); by default 100 as in RigL, or a
+            tenth of the run if that is less.
         until: Share of the run with updates (0.75 in RigL).
-        units: Which units: ``"all"`` that are found, ``"neurons"``, or ``"heads"``.
-        tile: Side of the tiles of ``"block"``.
-        layers: Dotted paths of the matrices, or of parts that hold them, for all but ``"unit"``; by default all inside
-            of blocks.
-        seed: Of the random choices, which are a function of (seed, step, layer).
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        units: Which units can be left out: ``"all"`` that are found, ``"neurons"``, or ``"heads"``.
+        tile: Side of a tile for ``"block"``, in weights.
+        layers: Dotted paths of weight matrices, or of modules that hold them, for all granularities but ``"unit"``; by
+            default all matrices inside the blocks.
+        seed: Seed of the random choices, which are a function of (seed, step, layer).
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Raises:
-        ValueError: At construction or in ``setup``, for arguments that do not fit each other or the model.
+        ValueError: At construction or in ``setup``, for arguments that do not fit each other or the model; at the start
+            of training, if ``every`` is a share and the length of the run is unknown.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -154,10 +159,10 @@ class DynamicSparsity(SparseWeights):
         self.every = None if every is None else number_or_share(every)
         if self.every is not None and not (self.every >= 1 if isinstance(self.every, int) else 0 < self.every < 1):
             raise ValueError(f"every={self.every!r} is neither a number of steps nor a share of the run in (0, 1)")
-        self._interval = 1  # optimizer steps from update to update
-        self._due = False  # an update follows the current step
-        self._growth: dict[str, Tensor] = {}  # scores of the current step, by layer
-        self._drawn: dict[str, list[Tensor]] = {}  # weights leading into units that may grow
+        self._interval = 1  # optimizer steps between two updates
+        self._due = False  # whether an update follows the current step
+        self._growth: dict[str, Tensor] = {}  # growth scores of the current step, by layer
+        self._drawn: dict[str, list[Tensor]] = {}  # input weights of units that may grow, by layer
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
@@ -166,7 +171,7 @@ class DynamicSparsity(SparseWeights):
     # -- the algorithm ------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle when updates come."""
+        """Compute the interval between updates."""
         self._due, self._interval = False, self._steps_between(trainer)
         super().on_train_start(trainer, pl_module)
 
@@ -180,7 +185,7 @@ class DynamicSparsity(SparseWeights):
         return between if self.every is not None else min(_EVERY, between)
 
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whether an update follows this step."""
+        """Decide whether an update follows this step, and prepare for it."""
         step, moves = trainer.global_step, self.drop > 0 and self.density < 1
         if moves and step > 0 and step % self._interval == 0 and progress(trainer) < self.until:
             with charge(trainer, "mask update"):
@@ -189,7 +194,7 @@ class DynamicSparsity(SparseWeights):
             self._prepare(False)
 
     def _prepare(self, due: bool) -> None:
-        """Before a step that an update follows: draw what may grow, and compute all units for their gradient."""
+        """Before a step that is followed by an update: draw weights for units that may grow, and compute all units."""
         self._due, self._growth, self._drawn = due, {}, {}
         self.dense_gradient = due and self.grow == "gradient"
         for part in self.parts if due else ():
@@ -200,7 +205,7 @@ class DynamicSparsity(SparseWeights):
         self.show(everything=self.dense_gradient or self._off)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the scores from the dense gradient, then let it be that of the sparse network."""
+        """Take the growth scores from the dense gradient, then reduce it to the gradient of the sparse network."""
         if self._growing and not self._off:
             self._growth = {part.name: score for part in self.parts if (score := part.growth()) is not None}
             if self.granularity == "unit":
@@ -209,7 +214,7 @@ class DynamicSparsity(SparseWeights):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def after_step(self, trainer: Trainer) -> None:
-        """Algorithm 1, lines 6 to 16: update the layers that ran."""
+        """Algorithm 1, lines 6 to 16: update the masks of the layers that ran."""
         due, self._due = self._due, False
         if due:
             with charge(trainer, "mask update"):
@@ -225,7 +230,7 @@ class DynamicSparsity(SparseWeights):
         if growth is None:
             growth = self.random(part, trainer.global_step, "growth").to(old.device)
         count = int(share * int(old.sum()))
-        if isinstance(part, UnitGroup):  # gradients of active units, in and out, do not compare with those of new ones
+        if isinstance(part, UnitGroup):  # gradients of active and of new units are on different scales: grow new ones
             count, growth = min(count, int((~old).sum())), growth.masked_fill(old, -1.0)
         rule = swap_in_fours if self.granularity == "2:4" else drop_and_grow
         self.set_active(trainer, part, rule(old, part.magnitude(), growth, count))
@@ -233,7 +238,7 @@ class DynamicSparsity(SparseWeights):
             part.fill(part.active & ~old, self._drawn[part.name])
 
     def on_copy(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Give copied weights the mask of their originals, and draw anew what may grow."""
+        """Give copied weights the mask of their originals, and draw new weights for units that may grow."""
         super().on_copy(pairs)
         self._prepare(self._due)
 
@@ -241,7 +246,7 @@ class DynamicSparsity(SparseWeights):
 
     @property
     def _growing(self) -> bool:
-        """The current step needs the dense gradient, and has not been taken yet."""
+        """Whether the current step needs the dense gradient."""
         return self._due and self.dense_gradient
 
     def plain_step_kind(self) -> dict[str, Any]:
@@ -253,6 +258,6 @@ class DynamicSparsity(SparseWeights):
         return super().step_kind() | {"growing": self._growing}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Let all units be computed, or not, as in an earlier step."""
+        """Compute all units or the active ones only, as in a step of this kind."""
         super().impose_step_kind(trainer, pl_module, kind)
         self._prepare(kind["growing"])

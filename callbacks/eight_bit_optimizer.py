@@ -1,8 +1,8 @@
-"""8-bit optimizer state (Dettmers et al., ICLR 2022, sections 2.1 to 2.3): moments in one byte each.
+"""8-bit optimizer state (Dettmers et al., ICLR 2022, sections 2.1 to 2.3): each moment is stored in one byte.
 
-    each block of 256 values: the nearest of 256 levels, dense near 0, times the block's largest magnitude
+    in each block of 256 values: value ~ nearest of 256 levels (dense near 0) x largest magnitude of the block
 
-Adam's state falls from 8 bytes a parameter to 2.03. No step becomes cheaper; what pays is the memory that is free then.
+Adam's state falls from 8 bytes to 2.03 bytes per parameter. Steps do not become faster; the gain is the freed memory.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ __all__ = ["EightBitOptimizer"]
 
 
 class EightBitOptimizer(Technique):
-    """Puts the 8-bit form of an optimizer in the place of the one that the module configures.
+    """Replaces the optimizer that the module configures by its 8-bit form.
 
-    torch's AdamW, Adam and SGD with momentum and timm's Lion and Lamb have one, bitsandbytes'; groups, rates and
-    schedulers stay as they are. State stays in 32 bits for embeddings and for tensors of fewer than 4096 elements.
-    A module of one's own can just as well make it by name: ``create_optimizer(self, "adamw8bit", lr=1e-3)``.
+    torch's AdamW, Adam and SGD with momentum, and timm's Lion and Lamb have an 8-bit form, made with bitsandbytes.
+    Parameter groups, learning rates and schedulers are kept. State stays in 32 bits for embeddings and for tensors of
+    fewer than 4096 elements (bitsandbytes' default). A module can also create the optimizer itself:
+    ``create_optimizer(self, "adamw8bit", lr=1e-3)``.
 
     Args:
-        embeddings: Whether the state of embedding tables is in 8 bits too.
+        embeddings: Whether the state of embedding tables is in 8 bits too. By default it is not (Dettmers et al.,
+            section 2.3).
 
     Raises:
-        ValueError: Before the first step, if the optimizer has no 8-bit form, or the device no 8-bit update.
+        ValueError: Before the first step, if the optimizer has no 8-bit form, or bitsandbytes has no 8-bit update for
+            the device.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -45,6 +48,6 @@ class EightBitOptimizer(Technique):
         return {"embeddings": self.embeddings}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the optimizers; what a checkpoint holds is restored into the new ones."""
+        """Replace the optimizers; Lightning then restores a checkpoint's state into the new ones."""
         full = () if self.embeddings else embedding_weights(pl_module)
         replace_optimizers(trainer, lambda optimizer: to_eight_bit(optimizer, full))

@@ -1,8 +1,9 @@
-"""Gradient noise scale (McCandlish et al. 2018, appendix A.1): the batch beyond which a larger one saves few steps.
+"""Gradient noise scale (McCandlish et al. 2018, appendix A.1): estimates the critical batch size.
 
-    E|g_B|^2 = |G|^2 + S / B;  with two batch sizes both unknowns follow, and B_crit = S / |G|^2
+    E|g_B|^2 = |G|^2 + S / B;  norms at two batch sizes give |G|^2 and S, and B_crit = S / |G|^2
 
-Micro-batches and ranks hold gradients of small batches that are averaged anyway, so two norms a step are all it costs.
+A batch larger than B_crit saves few steps. Gradients of small batches exist anyway, in micro-batches and on ranks, so
+the estimate costs two gradient norms per step.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ __all__ = ["GradientNoiseScale", "signal_and_noise"]
 
 
 def signal_and_noise(small: Tensor, large: Tensor, small_batch: int, large_batch: int) -> tuple[Tensor, Tensor]:
-    """Unbiased estimates of |G|^2 and of S = tr(Sigma), from two batch sizes.
+    """Unbiased estimates of |G|^2 and of S = tr(Sigma), from gradients at two batch sizes.
 
     Args:
-        small: Squared norm of the mean gradient of ``small_batch`` samples.
-        large: The same of ``large_batch``.
-        small_batch: A number of samples.
-        large_batch: A larger one.
+        small: Squared norm of the mean gradient over ``small_batch`` samples.
+        large: Squared norm of the mean gradient over ``large_batch`` samples.
+        small_batch: Samples of the small batch.
+        large_batch: Samples of the large batch.
+
+    Returns:
+        |G|^2 and S; single estimates may be negative.
 
     Example:
         >>> signal_and_noise(torch.tensor(3.0), torch.tensor(2.0), 1, 2)  # |G|^2 = 1 and S = 2: 1 + 2 / 1, 1 + 2 / 2
@@ -44,21 +48,21 @@ def signal_and_noise(small: Tensor, large: Tensor, small_batch: int, large_batch
 
 
 class GradientNoiseScale(Callback):
-    """Estimates the critical batch size while a run trains, and says at its end whether a larger batch would pay.
+    """Estimates the critical batch size during training, and prints at the end whether a larger batch would pay.
 
-    The small batch is the first micro-batch of an optimizer step on each rank, the large one the whole step. Single
-    steps say nothing (the signal may even come out negative), so |G|^2 and S are each smoothed before their ratio is
-    taken. Metrics are ``gradient_noise_scale/critical_batch``, ``.../signal`` and ``.../noise``. It observes and
-    changes nothing; on one device it needs ``accumulate_grad_batches`` of at least 2.
+    The small batch is the first micro-batch of an optimizer step on each rank, the large batch is the whole step. The
+    estimate from one step is too noisy (|G|^2 may even be negative), so |G|^2 and S are smoothed before their ratio is
+    taken. Metrics are ``gradient_noise_scale/critical_batch``, ``.../signal`` and ``.../noise``. The callback does not
+    change the run. On one device it needs ``accumulate_grad_batches`` of at least 2.
 
-    Gradients are taken as they are. Beside a technique that chooses samples, those that are trained count, and the
-    figure is of their gradients: with the gate of :class:`ImportanceSampling` open of the weighted ones, whose noise
-    too falls as S / B, with a smaller S. A step whose micro-batches differ in samples or in weighting is
-    left out. What Adam or LAMB make of gradients has another noise scale, so read the figure as an order of
-    magnitude.
+    With a technique that chooses samples, only the samples that are trained count. While :class:`ImportanceSampling`
+    weighs losses, the estimate is that of the weighted gradients, whose noise also falls as S / B, with a smaller S.
+    Steps whose micro-batches differ in the number of samples or in weighting are left out. The estimate is for plain
+    gradients; the updates of Adam or LAMB have another noise scale, so take it as an order of magnitude.
 
     Args:
-        smoothing: Weight of the past in the moving averages, in [0, 1).
+        smoothing: Weight of the past in the moving averages, in [0, 1). The default, 0.99, averages about 100 steps
+            (ours).
 
     Raises:
         ValueError: ``smoothing`` is not in [0, 1).
@@ -74,12 +78,12 @@ class GradientNoiseScale(Callback):
         if not 0.0 <= smoothing < 1.0:
             raise ValueError(f"smoothing={smoothing} is not in [0, 1)")
         self.smoothing = smoothing
-        self.signal = self.noise = torch.zeros(())  # |G|^2 and S, sums that _weight is to divide
+        self.signal = self.noise = torch.zeros(())  # |G|^2 and S, moving sums; divide by _weight for the averages
         self._weight = 0.0
         self._batch = 0  # samples of the latest step
         self._hooks: list[Any] = []
-        self._seen: Tensor | None = None  # squared norm of the first micro-batch's gradient, while it is summed up
-        self._micro_batches: list[tuple[int, bool]] = []  # of the step: samples trained, and whether they were weighed
+        self._seen: Tensor | None = None  # squared norm of the first micro-batch's gradient, summed over parameters
+        self._micro_batches: list[tuple[int, bool]] = []  # of the step: samples trained, whether losses were weighted
         self._brought = 0  # samples of the current batch
         self._watching = False
 
@@ -89,20 +93,21 @@ class GradientNoiseScale(Callback):
         return averages | {"batch": self._batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the moving averages."""
         self.signal, self.noise = state_dict["signal"], state_dict["noise"]
         self._weight, self._batch = state_dict["weight"], state_dict["batch"]
 
     @property
     def critical_batch(self) -> float:
-        """S / |G|^2 in samples; NaN while an estimate is not positive."""
+        """S / |G|^2 in samples; NaN unless both estimates are positive."""
         signal, noise = float(self.signal), float(self.noise)
         return noise / signal if signal > 0 and noise > 0 else float("nan")
 
     def verdict(self, batch: int) -> str:
-        """Whether a batch larger than this one pays, in one line.
+        """Whether a batch larger than ``batch`` samples pays, in one line.
 
-        The steps to a loss are proportional to 1 + B_crit / B, the samples to 1 + B / B_crit (ibid., section 2).
+        The steps to a loss are proportional to 1 + B_crit / B, the samples to 1 + B / B_crit (McCandlish et al. 2018,
+        section 2).
         """
         critical = self.critical_batch
         if not critical > 0:
@@ -121,13 +126,13 @@ class GradientNoiseScale(Callback):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to each parameter's gradient, before it is added to the others or shared with the other ranks."""
+        """Register a hook on each parameter, which sees its gradient before accumulation and all-reduce."""
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_hook(self._listen))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if there is only one gradient a step."""
+        """Warn if each step has only one gradient."""
         one = trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
         if one and not windows_of(trainer):
             rank_zero_warn(
@@ -137,7 +142,7 @@ class GradientNoiseScale(Callback):
         self._micro_batches = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen during the first micro-batch of a step."""
+        """Measure gradients during the first micro-batch of a step."""
         if not self._micro_batches:
             self._seen = None
         self._brought = count_samples(batch)
@@ -153,16 +158,16 @@ class GradientNoiseScale(Callback):
             self._seen = square if self._seen is None else self._seen + square
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which samples of the micro-batch were trained, which is known only now."""
+        """Stop measuring, and note how many samples of this micro-batch were trained, which is known only now."""
         self._watching = False
         choices = [choice.trained for choice in techniques(trainer) if isinstance(choice, SampleChoice)]
         self._micro_batches.append(choices[0] if choices else (self._brought, False))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Estimate |G|^2 and S from both norms, and smooth them."""
+        """Compute both norms, and update the moving averages."""
         window, ranks = trainer.accumulate_grad_batches, trainer.world_size
         counted, self._micro_batches = self._micro_batches, []
-        # The end of an epoch may cut a step short, and a gradient that overflowed in 16 bits is no gradient.
+        # Skip steps that the end of an epoch cut short; further below, skip gradients that overflowed in 16 bits.
         seen, self._seen = self._seen, None
         if seen is None or len(counted) != window or len(set(counted)) > 1:
             return
@@ -188,13 +193,13 @@ class GradientNoiseScale(Callback):
             pl_module.log("gradient_noise_scale/critical_batch", (self.noise / self.signal).float())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say whether a larger batch pays."""
+        """Print whether a larger batch pays, on rank 0."""
         self._silence()
         if trainer.is_global_zero and self._weight:
             print(self.verdict(self._batch), flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         self._silence()
 
     def _silence(self) -> None:

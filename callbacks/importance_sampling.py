@@ -1,8 +1,9 @@
 """Importance sampling by gradient norms (Katharopoulos and Fleuret, ICML 2018, arXiv 1803.00942, algorithm 1).
 
-    of B = 3b samples draw b with p_i ~ |dL_i / d output|, each with weight 1 / (B p_i), while tau > (B + 3b) / 3b
+    of B samples draw b with p_i ~ |dL_i / d output|, each with weight 1 / (B p_i), while tau > (B + 3b) / 3b
 
-The weighted gradient has the mean of the plain one over all B samples and, by tau, less variance than what it costs.
+The weighted gradient is an unbiased estimate of the plain gradient over all B samples. tau is how many times larger a
+uniform batch would have to be for the same variance; the condition on tau compares this with the cost of the choice.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from lit_scale.factors.scores import check_outputs, output_gradients, watch_outp
 
 __all__ = ["ImportanceSampling", "draw", "variance_ratio"]
 
-_DECAY = 0.9  # of tau, a step; the paper's code
+_DECAY = 0.9  # weight of the past in tau's moving average, per step; from the paper's code
 
 
 def variance_ratio(scores: Tensor) -> float:
-    """How many times as large a uniform batch would have to be for the variance that drawing by score leaves: tau.
+    """tau: how many times larger a uniform batch would have to be for the variance of sampling by score.
 
-    With g the scores' shares and u = 1 / B the paper has 1 / sqrt(1 - |g - u|^2 / |g|^2), which is sqrt(B) |g|.
+    With g the scores divided by their sum and u = 1 / B, the paper has 1 / sqrt(1 - |g - u|^2 / |g|^2), which is equal
+    to sqrt(B) |g|.
 
     Args:
-        scores: Of all samples (B,); a common factor does not matter.
+        scores: Scores of all samples, (B,), up to a common factor.
 
     Example:
         >>> variance_ratio(torch.ones(8)), variance_ratio(torch.eye(16)[0])
@@ -44,22 +46,23 @@ def variance_ratio(scores: Tensor) -> float:
 
 
 def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw samples by score, with replacement, and the weights that leave the mean over all of them unbiased.
+    """Draw samples by score, with replacement, and the weights that make the weighted mean unbiased.
 
     Args:
-        scores: Of all samples (B,), at least 0; where all are 0 the draw is uniform.
-        count: How many, b.
-        generator: On the CPU.
+        scores: Scores of all samples, (B,), at least 0; if all are 0 the draw is uniform. If a score is not finite,
+            only samples with such scores are drawn.
+        count: Number of samples to draw, b.
+        generator: Random generator on the CPU.
 
     Returns:
-        Indices (b,) and weights 1 / (B p), (b,).
+        Indices, (b,), and weights 1 / (B p), (b,).
 
     Example:
         >>> draw(torch.tensor([0.0, 3.0, 0.0]), 2, torch.Generator())
         (tensor([1, 1]), tensor([0.3333, 0.3333]))
     """
     exact = scores.cpu().double()
-    if not exact.isfinite().all():  # the step is to meet the sample that has no finite loss, and the guard its loss
+    if not exact.isfinite().all():  # train on these samples, so that FiniteGuard sees the loss that is not finite
         exact = (~exact.isfinite()).double()
     if not exact.any():
         exact = torch.ones_like(exact)
@@ -69,31 +72,34 @@ def draw(scores: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor
 
 
 class ImportanceSampling(SampleChoice):
-    """Trains on the samples of a larger batch that move the weights most, while that pays.
+    """Trains on the samples of a larger batch with the largest gradients, while that pays.
 
-    While the gate is closed, steps are plain, and every ``look_every``-th step records the gradients of its own output,
-    from which tau is computed. When tau shows that choosing pays, the gate opens: the loader takes ``presample`` times
-    as many samples, one forward pass without dropout scores them, and the usual number is trained.
+    While the gate is closed, steps are plain, and every ``look_every``-th step computes tau from the gradients at its
+    output. When tau exceeds the threshold, the gate opens: the loader is asked for ``presample`` times as many samples,
+    a forward pass without dropout scores them without keeping activations, and the usual number is drawn and trained.
 
-    The module needs ``per_sample_loss(batch) -> (B,)``, and ``training_step`` has to return its mean.
+    The module needs ``per_sample_loss(batch) -> (B,)``, and its ``training_step`` must return the mean of these losses.
 
-    A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that takes a plan, as in our data modules,
-    gets the sizes of its batches ahead of time. The gate's decisions then take effect after all batches that workers
-    may already have prepared. With any other loader each batch is the presample, and ``1 / presample`` of it is
-    trained, the first samples while the gate is closed; give it a batch size that is ``presample`` times as large.
+    A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that takes a plan, as those of our data
+    modules do, is asked for larger batches while the gate is open. Workers prepare batches in advance, so a decision
+    takes effect after all batches that may already be prepared. With any other loader each batch is the presample, of
+    which ``1 / presample`` is trained: drawn by score while the gate is open, the first samples while it is closed.
+    Give such a loader a batch size that is ``presample`` times as large.
 
     Args:
-        presample: How many times as many samples are scored as are trained, b. The gate can open only where b is above
-            the square of ``threshold``, since tau of b samples is at most the root of b.
-        threshold: The gate is open while tau is above; None is where choosing pays, ``(presample + 3) / 3``, a step's
-            backward pass costing two forward ones.
-        look_every: Batches from one record of the scores to the next while the gate is closed.
-        output: Path of the last layer; None finds the output by itself
+        presample: Ratio B / b of the samples that are scored to the b samples that are trained, an integer of at least
+            2. tau of b samples is at most sqrt(b), so the gate can open only if b exceeds ``threshold`` squared.
+        threshold: The gate is open while tau is above this value. None is the value beyond which choosing pays,
+            ``(presample + 3) / 3`` (the paper's condition, with a backward pass at the cost of two forward passes).
+        look_every: While the gate is closed, tau is updated every ``look_every`` batches (ours; in the paper, always).
+        output: Dotted path of the last layer; by default the output is what the loss function is given
             (:func:`lit_scale.factors.scores.output_gradients`).
-        seed: Of the draws, which are a function of (seed, rank, batch counter).
+        seed: Seed of the draws, which are a function of (seed, rank, batch counter).
 
     Raises:
-        ValueError: At construction, in ``setup``, or with the first batch, before anything is trained.
+        ValueError: At construction, in ``setup``, or at the first batch before it is trained, for arguments that are
+            out of range, a module without ``per_sample_loss``, an output that is not found or is not one per sample,
+            or a batch smaller than ``presample``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -123,10 +129,10 @@ class ImportanceSampling(SampleChoice):
         self.presample, self.look_every, self.output, self.seed = presample, look_every, output, seed
         self.threshold = (presample + 3) / 3 if threshold is None else threshold
         self.tau = 0.0
-        self._looked = -1  # the batch of the latest tau
-        self._changes: list[int] = []  # batches from which on the gate is open, closed, open...
-        self._delay = 1  # batches after which a decision takes effect
-        self._gate = "closed"  # or "looks", or "open": in the current batch
+        self._looked = -1  # number of the batch at which tau was last updated
+        self._changes: list[int] = []  # numbers of the batches at which the gate opens, closes, opens...
+        self._delay = 1  # batches until a decision takes effect
+        self._gate = "closed"  # for the current batch; "looks" is closed, but tau is updated; or "open"
         self._looks: list[list[Tensor]] = []  # squared scores of the batches since the last optimizer step
         self._checked = False
 
@@ -137,7 +143,7 @@ class ImportanceSampling(SampleChoice):
     # -- the batch --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin with a closed gate; check that the named last layer exists."""
+        """Close the gate; check that the layer named by ``output`` exists."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -149,7 +155,7 @@ class ImportanceSampling(SampleChoice):
                 raise ValueError(f"output={self.output!r}: {type(pl_module).__name__} has no such part") from None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the loader the plan, or warn of a loader that takes none."""
+        """Install the plan in the loader, or check the batch size of a loader that takes none."""
         super().on_train_start(trainer, pl_module)
         self._looks, self._checked = [], False
         loader: Any = trainer.train_dataloader
@@ -173,7 +179,7 @@ class ImportanceSampling(SampleChoice):
             self._warn_of_few(size // self.presample)
 
     def _warn_of_few(self, count: int) -> None:
-        """Of few samples tau, at most the root of their number, may never reach the threshold."""
+        """Warn if tau, at most the square root of the number of samples, can never reach the threshold."""
         if self.threshold >= (most := math.sqrt(count)):
             rank_zero_warn(
                 f"ImportanceSampling: of {count} samples tau is at most {most:.3g}, and the gate opens above "
@@ -182,14 +188,14 @@ class ImportanceSampling(SampleChoice):
             )
 
     def samples(self, number: int, count: int) -> int:
-        """More while the gate is open."""
+        """``presample`` times as many while the gate is open."""
         return count * self.presample if self._is_open(number) else count
 
     def _is_open(self, number: int) -> bool:
         return bisect_right(self._changes, number) % 2 == 1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set what this step does; before the first one, check that the module's output can be scored."""
+        """Set the gate for this batch; before the first one, check that the module's output can be scored."""
         if not self._checked:
             with trainer.precision_plugin.forward_context():
                 check_outputs(pl_module, batch, self.output)
@@ -200,11 +206,11 @@ class ImportanceSampling(SampleChoice):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def logged(self, trainer: Trainer) -> dict[str, float]:
-        """Tau, and whether the gate is open."""
+        """tau, and whether the gate is open (1.0 or 0.0)."""
         return {"tau": self.tau, "open": float(self._gate == "open")}
 
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
-        """Score and draw, or make the plain step."""
+        """Score and draw, or make a plain step."""
         count = count_samples(batch)
         if self._gate == "open":
             scores = output_gradients(pl_module, batch, self.output)
@@ -223,7 +229,7 @@ class ImportanceSampling(SampleChoice):
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Update tau, equal on all ranks, and the gate, before a checkpoint is saved."""
+        """Update tau, the mean over ranks, and decide on the gate; before a checkpoint can be saved."""
         looks, self._looks = self._looks, []
         if not looks:
             return
@@ -233,33 +239,33 @@ class ImportanceSampling(SampleChoice):
             dist.all_reduce(now)
             now /= trainer.world_size
         tau = now.item()
-        if self._ended or not math.isfinite(tau):  # a gradient scaler tries out infinities
+        if self._ended or not math.isfinite(tau):  # gradients overflow while a gradient scaler finds its scale
             return
         number = self.number(trainer)
-        decay = _DECAY ** (number - self._looked)  # as if the batches between had been like this one
+        decay = _DECAY ** (number - self._looked)  # as if tau of the batches in between had been the same
         self.tau, self._looked = decay * self.tau + (1 - decay) * tau, number
         if (self.tau > self.threshold) != (len(self._changes) % 2 == 1):
             self._changes.append(number + self._delay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tau, and from which batches on the gate is open or closed, future ones included."""
+        """tau, and the batches at which the gate opens or closes, decided but future ones included."""
         return {"tau": self.tau, "looked": self._looked, "changes": list(self._changes), "delay": self._delay}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the gate, so that batches are those of the uninterrupted run."""
+        """Restore the gate, so that the resumed run gets the same batches as an uninterrupted one."""
         self.tau, self._looked = state_dict["tau"], state_dict["looked"]
         self._changes, self._delay = list(state_dict["changes"]), state_dict["delay"]
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """The gate is closed, nothing is looked at, and the batch is trained whole."""
+        """Whether the gate is closed, no scores are taken, and all samples of the batch are trained."""
         return self._gate == "closed" and self._loader is not None
 
     def step_kind(self) -> dict[str, Any]:
-        """Whether samples are chosen, or at least looked at."""
+        """State of the gate: ``"open"``, ``"looks"`` or ``"closed"``."""
         return {"gate": self._gate}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Choose as an earlier step did."""
+        """Set the gate as in a step of this kind."""
         self._gate = kind["gate"]

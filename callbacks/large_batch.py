@@ -1,9 +1,9 @@
-"""Large batches with LAMB (You et al., ICLR 2020, algorithm 2): fewer and larger steps, each layer at its own rate.
+"""Large batches with LAMB (You et al., ICLR 2020, algorithm 2): fewer and larger steps, with layer-wise learning rates.
 
-    w <- w - rate |w| / |r + decay w| (r + decay w),  r Adam's step for the layer
+    w <- w - rate |w| / |r + decay w| (r + decay w),  where r is Adam's update of the layer
 
-As many samples take 1/16 of the optimizer steps, so 16 times the devices can share a step. On one device, where the
-batch is made of micro-batches, nothing is saved but the optimizer's own work.
+With the default, the same number of samples takes 1/16 of the optimizer steps, so 16 times as many devices can share a
+step. On one device, which accumulates micro-batches, only the optimizer's own work is saved.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ __all__ = ["LargeBatch"]
 
 
 class LargeBatch(Technique):
-    """Multiplies the batch by accumulation, scales the learning rate, and puts LAMB in the optimizer's place.
+    """Multiplies the batch by accumulation, scales the learning rate, and replaces the optimizer by LAMB.
 
-    A run limited by epochs then sees the same data in fewer optimizer steps, one limited by ``max_steps`` more data in
-    as many. LAMB takes the groups of the module's own optimizer; those without decay are not adapted, so keep biases
-    and norms in one of them, as :func:`lit_scale.factors.optimizers.create_optimizer` does.
+    A run limited by epochs then sees the same data in fewer optimizer steps; a run limited by ``max_steps`` sees more
+    data in the same number of steps. LAMB takes over the parameter groups of the module's optimizer. Groups without
+    weight decay are not adapted layer-wise, so put biases and norms into such a group, as
+    :func:`lit_scale.factors.optimizers.create_optimizer` does.
 
     Args:
-        times: Micro-batches of an optimizer step, times the Trainer's own ``accumulate_grad_batches``.
-        optimizer: ``"lamb"``, ``"lars"``, or ``"own"`` for the module's.
-        lr: Peak learning rate, in place of the ``max_lr`` of a schedule that has one, of the optimizer's own rate
-            otherwise; None scales the module's own. A rate of LAMB is the relative change of a matrix in a
-            step, which AdamW's is not: around 0.01 to 0.05, or AdamW's over the standard deviation of the weights.
-        scaling: How the module's rate is scaled where ``lr`` is None: ``"sqrt"``, ``"linear"`` or ``"none"``.
+        times: Factor on the Trainer's own ``accumulate_grad_batches``.
+        optimizer: ``"lamb"``, ``"lars"``, or ``"own"`` to keep the module's optimizer.
+        lr: Peak learning rate. It replaces the ``max_lr`` of a schedule that has one, otherwise the optimizer's rate;
+            None scales the module's rate instead. A rate of LAMB is the relative change of a matrix per step: about
+            0.01 to 0.05, or AdamW's rate divided by the standard deviation of the weights.
+        scaling: How the module's rate is scaled if ``lr`` is None: ``"sqrt"`` (You et al.), ``"linear"`` or ``"none"``.
 
     Raises:
-        ValueError: At construction, or before the first step, if an epoch ends inside an optimizer step.
+        ValueError: At construction; or before the first step, if an epoch ends inside an optimizer step, or if LAMB or
+            LARS is to replace an optimizer without weight decay or one that ``EightBitOptimizer`` has already replaced.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,14 +75,14 @@ class LargeBatch(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Accumulate more, before a scheduler asks how many steps there will be."""
+        """Set the accumulation, before a scheduler asks for the number of steps."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            restore_accumulation(trainer)  # a fit before this one may have ended with an exception
+            restore_accumulation(trainer)  # in case an earlier fit ended with an exception
             accumulate(trainer, trainer.accumulate_grad_batches * self.times)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the other optimizer in the place of the module's, and scale its rates."""
+        """Replace the module's optimizers, and scale their learning rates."""
         if self.optimizer != "own":
             replace_optimizers(trainer, self._replacement)
         for optimizer in trainer.optimizers:
@@ -107,26 +109,26 @@ class LargeBatch(Technique):
         return Lamb(groups) if self.optimizer == "lamb" else Lars(groups, momentum=0.9)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an epoch that ends inside a step."""
+        """Refuse an epoch that ends inside an optimizer step."""
         if not any(other.windows for other in techniques(trainer)):
             check_epoch(trainer, [(0, trainer.accumulate_grad_batches)])
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the optimizers their rates back, and the Trainer its own accumulation."""
+        """Restore the optimizers' learning rates and the Trainer's accumulation."""
         super().detach(trainer, pl_module)
         restore_accumulation(trainer)
 
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def step_kind(self) -> dict[str, Any]:
-        """How many times the batch is as large."""
+        """Factor on the batch size."""
         return {"batch_times": self.times}
 
 
 def _peak(trainer: Trainer, optimizer: Optimizer) -> float:
-    """The largest rate of the module's schedule, which has multiplied the rates already and keeps it beside them."""
+    """The largest rate of the module's schedule, which has already scaled ``lr`` and stored the peak in the groups."""
     rates = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     for scheduler in run_schedulers(trainer):
         if scheduler.optimizer is optimizer:
-            rates += getattr(scheduler, "max_lrs", [])  # a cyclic one keeps it to itself
+            rates += getattr(scheduler, "max_lrs", [])  # CyclicLR stores it in the scheduler
     return max(rates)

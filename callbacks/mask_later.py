@@ -1,11 +1,11 @@
-"""Masks that join later (Liao et al., Findings of EMNLP 2022, "Mask More and Mask Later", arXiv 2211.04898).
+"""Mask later: masked positions skip the first blocks (Liao et al., Findings of EMNLP 2022, arXiv 2211.04898).
 
     kept    = the positions that are not masked
-    x[kept] <- first blocks(x[kept]); the masked positions are still what the embedding made of them
-    x       <- last blocks(x), with the masked positions, from which the loss is computed
+    x[kept] <- first blocks(x[kept]); the masked positions keep their embeddings
+    x       <- last blocks(x), all positions; the loss is computed at the masked ones
 
-What a step costs falls with the masking rate, so more is masked than usual. The trained network is another one than
-without the technique, so evaluation leaves the masks out of the same blocks.
+A higher masking rate makes a step cheaper, so the paper masks more tokens than usual. The trained network computes
+another function than one in which all blocks see the masks, so evaluation leaves them out of the same blocks.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ __all__ = ["MaskLater"]
 
 
 class MaskLater(TokenChoice):
-    """Lets masked positions skip the first blocks; they join for the last ones only.
+    """Lets masked positions skip the first blocks and join for the last ones.
 
-    They join late in evaluation too. Checkpoints are marked, so that strict loading refuses them without this callback,
-    and the trained network refuses to run without it. For text that has no masks,
-    :func:`lit_scale.factors.tokens.release_tokens` lets all tokens through again.
+    Evaluation does the same. Checkpoints carry a mark, so strict loading into a network without this callback fails,
+    and the trained network refuses to run without it. For text without masks, call
+    :func:`lit_scale.factors.tokens.release_tokens` to let all tokens run through all blocks again.
 
-    Batches are dicts with ``input_ids`` (B, T) and ``positions`` (B, M), the masked positions, equally many and
-    distinct in each sample. They decide how many tokens are kept.
+    Batches are dicts with ``input_ids`` (B, T) and ``positions`` (B, M), the indices of the masked positions, distinct
+    and equally many in each sample. T - M tokens are kept.
 
     Args:
-        before: Blocks in front that run on the masks too, a number or a fraction of all (rounded down). By default none
-            (Liao et al.).
-        after: Blocks for which the masks join, a number or a fraction. By default the last quarter ("a few layers"
-            gather in Liao et al.; the quarter is ours).
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        before: Number of blocks, or fraction of all (rounded down), at the front that run on the masked positions too.
+            By default 0 (Liao et al.).
+        after: Number of blocks, or fraction of all, at the end that run on the masked positions. By default a quarter
+            (ours; "a few layers" in Liao et al.).
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Raises:
-        ValueError: At construction, in ``setup`` or with the first batch, before anything is trained, if an argument is
-            out of range or the batches lack what is needed.
-        RuntimeError: When the trained network runs without this callback, or its weights are loaded into a network that
-            knows nothing of it.
+        ValueError: At construction, in ``setup``, or at the first batch before it is trained, if an argument is out of
+            range or a batch lacks an entry.
+        RuntimeError: If the trained network runs without this callback, or its weights are loaded strictly into a
+            network without it.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -61,16 +61,16 @@ class MaskLater(TokenChoice):
         return {"before": self.before, "after": self.after, "blocks": self.blocks}
 
     def choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[Tensor, int]:
-        """The positions that are not masked."""
+        """Positions that are not masked, (B, T - M), and T."""
         ids, masked = self.entry(batch, "input_ids"), self.entry(batch, "positions")
         scores = torch.ones_like(ids).scatter_(1, masked, 0)
         return highest(scores, ids.shape[1] - masked.shape[1]), ids.shape[1]
 
     def positions(self, x: Tensor, place: int) -> Tensor | None:
-        """Those of the batch; nothing runs without having been told them."""
-        if self.chosen is None and self.kept == "unmasked":  # and not where the clock prices a step with all tokens
+        """Kept positions of the batch; the network refuses to run if none were given."""
+        if self.chosen is None and self.kept == "unmasked":  # kept is 1.0 while the clock times a plain step
             raise RuntimeError(
-                "the masked positions of this network join late, so it has to be told them: run it through a "
+                "the masked positions of this network join late, and it was not given them: run it through a "
                 "Trainer with callbacks=[MaskLater()], or call release_tokens to let all tokens run through all "
                 "blocks from now on"
             )

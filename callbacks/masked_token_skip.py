@@ -1,8 +1,8 @@
-"""Masked-token skipping (He et al. 2022, section 3, "MAE encoder"): encode what is seen, and nothing else.
+"""Masked-token skipping (He et al. 2022, section 3, "MAE encoder"): the encoder runs on the visible patches only.
 
-    encoder(visible patches), then decoder([latents, mask tokens]) -> pixels of the hidden patches
+    latents = encoder(visible patches);  pixels of the hidden patches = decoder([latents, mask tokens])
 
-With 3/4 of the patches hidden the encoder runs over a quarter of the tokens; the narrow decoder still runs over all.
+With 3/4 of the patches hidden the encoder runs on a quarter of the tokens; the narrow decoder still runs on all.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["MaskedTokenSkip"]
 class MaskedTokenSkip(Technique):
     """Keeps mask tokens out of the encoder of a masked autoencoder; they join before the decoder.
 
-    Without it :class:`~lit_scale.models.MaskedAutoencoder` encodes all patches, the hidden ones as mask tokens. Any
-    network will do that has an attribute ``encode_masked`` and trains as that says. The switch stays off after
-    training, for the weights have learnt to restore pixels that way. Works under plain DDP: the same parameters train
-    either way.
+    It sets ``encode_masked = False`` on the network. Without it :class:`~lit_scale.models.MaskedAutoencoder` encodes
+    all patches, the hidden ones as mask tokens. Other networks work if they have a bool attribute ``encode_masked`` and
+    obey it. The attribute stays False after training, because the weights were trained that way. Plain DDP works: the
+    same parameters get gradients in both cases.
 
     Args:
-        autoencoder: Dotted path of the autoencoder, needed only where the module holds several.
+        autoencoder: Dotted path of the autoencoder, needed only if the module holds several.
 
     Raises:
         ValueError: In ``setup``, if the module holds no such network, or several and none is named.
@@ -53,11 +53,11 @@ class MaskedTokenSkip(Technique):
         self._model.encode_masked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Once more, for a checkpoint may have brought the other state."""
+        """Set the switch again: a checkpoint may have restored the other value."""
         self._model.encode_masked = False
 
     def is_plain(self) -> bool:
-        """Whether the encoder runs over all patches, as it does without the technique."""
+        """Whether the encoder runs on all patches, as without the technique."""
         return bool(self._model.encode_masked)
 
     def plain_step_kind(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class MaskedTokenSkip(Technique):
         return {"encode_masked": bool(self._model.encode_masked)}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Encode hidden patches or not."""
+        """Encode hidden patches or not, as in a step of this kind."""
         self._model.encode_masked = kind["encode_masked"]
 
 

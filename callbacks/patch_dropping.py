@@ -1,8 +1,8 @@
 """Patch dropping (FLIP, Li et al. 2023, arXiv 2212.00794, section 3): train on a random part of each image's patches.
 
-    tokens = [class and register tokens, random subset of the patches]; the last steps of the run see all of them
+    tokens = [class and register tokens, random subset of the patches]; the last steps of the run use all patches
 
-A step's cost falls about with the share of the patches that stays; images are never masked in evaluation.
+The cost of a step falls about in proportion to the patches that are kept. Evaluation uses all patches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lit_scale.wrapping import replace
 
 __all__ = ["PatchDropping"]
 
-_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # as Hugging Face calls them
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # Hugging Face's names
 _PATCHES = ("patch_embeddings", "patch_embedding")
 _INSIDE = re.compile("rope|rotary|relative_position|rel_pos", re.IGNORECASE)
 
@@ -29,25 +29,27 @@ _INSIDE = re.compile("rope|rotary|relative_position|rel_pos", re.IGNORECASE)
 class PatchDropping(Technique):
     """Drops a random part of the patches of any timm or Hugging Face Vision Transformer while it trains.
 
-    Each image loses patches of its own, drawn from torch's default generator, which
-    :class:`~lit_scale.guards.StepSeed` makes a function of (seed, rank, batch). Class and register tokens stay. In the
-    last ``tune`` of the run nothing is dropped, so that the network gets used to whole images (FLIP's unmasked tuning).
+    The dropped patches differ from image to image. They are drawn from torch's default generator, which
+    :class:`~lit_scale.guards.StepSeed` makes a function of (seed, rank, batch). Class and register tokens are kept. In
+    the last ``tune`` of the run nothing is dropped, so that the network adapts to whole images (FLIP's unmasked
+    tuning).
 
-    timm's networks drop at their own place for it (``patch_drop``), also where positions are rotary. Others drop
-    behind the embedding, once positions are added: found by itself in Hugging Face's ViT, DeiT, DINOv2, CLIP and
-    SigLIP, elsewhere named by ``embedding``. Works under plain DDP: every parameter has a gradient.
+    In timm's networks the technique uses their own layer for this, ``patch_drop``, which also handles rotary positions.
+    In other networks patches are dropped from the output of the embedding, after positions are added. The embedding is
+    found in Hugging Face's ViT, DeiT, DINOv2, CLIP and SigLIP; name it by ``embedding`` in others. Plain DDP works:
+    every parameter has a gradient.
 
     Args:
-        fraction: Share of the patches that is dropped (0.5 and 0.75 in the paper).
-        tune: Fraction of the run, at its end, that trains on all patches.
+        fraction: Share of the patches that is dropped, in (0, 1). The paper uses 0.5 and 0.75.
+        tune: Fraction of the run, at its end, that trains on all patches, in [0, 1). The default is ours.
         embedding: Dotted path of the module whose output (B, T, C) is all tokens with their positions; needed only
-            where it cannot be found. For torchvision's ViT that is ``"encoder.dropout"``.
-        prefix: How many tokens at the front of that output are no patches; None is what its class and register tokens
-            add up to.
+            if it cannot be found. For torchvision's ViT it is ``"encoder.dropout"``.
+        prefix: Number of leading tokens of that output that are not patches; by default the number of its class and
+            register tokens.
 
     Raises:
-        ValueError: At construction or in ``setup``, if a number is out of its range, or the network has no place to
-            drop patches, several, drops patches already, or has positions inside of its blocks.
+        ValueError: At construction or in ``setup``, if a number is out of range, or if the network has no place to drop
+            patches or several, drops patches already, or adds positions inside its blocks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -68,7 +70,7 @@ class PatchDropping(Technique):
             raise ValueError(f"prefix={prefix}: give it along with embedding='...', and not negative")
         self.fraction, self.tune = fraction, tune
         self.embedding, self.prefix = embedding, prefix
-        self._now = 0.0  # the share that is dropped at this step
+        self._now = 0.0  # the share that is dropped in the current step
         self._dropout: Any
 
     def settings(self) -> dict[str, Any]:
@@ -84,11 +86,11 @@ class PatchDropping(Technique):
             _find(pl_module, self.embedding)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the dropping into its place."""
+        """Insert the layer that drops patches."""
         self._attach(_find(pl_module, self.embedding))
 
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop patches until the tuning begins."""
+        """Drop patches until the last ``tune`` of the run begins."""
         self._drop(self.fraction if progress(trainer) < 1.0 - self.tune else 0.0)
 
     # -- the technique ------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ class PatchDropping(Technique):
         from timm.layers.patch_dropout import PatchDropoutWithIndices
 
         if hasattr(module, "patch_drop"):
-            rotary = module.patch_drop is None  # and its positions need to know which patches stay
+            rotary = module.patch_drop is None  # rotary positions need the indices of the kept patches
             kind = PatchDropoutWithIndices if rotary else PatchDropout
             self._dropout = kind(0.0, module.num_prefix_tokens).train(module.training)
             self.undo_later(replace(module, "patch_drop", self._dropout))
@@ -114,11 +116,11 @@ class PatchDropping(Technique):
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """Nothing is dropped."""
+        """Whether no patches are dropped."""
         return self._now == 0.0
 
     def plain_step_kind(self) -> dict[str, Any]:
-        """Nothing is dropped."""
+        """No patches are dropped."""
         return {"dropped": 0.0}
 
     def step_kind(self) -> dict[str, Any]:
@@ -126,14 +128,14 @@ class PatchDropping(Technique):
         return {"dropped": self._now}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Drop as many patches as at an earlier step."""
+        """Drop as many patches as a step of this kind."""
         self._drop(kind["dropped"])
 
 
 def _dropping_forward(
     forward: Callable[..., Any], module: nn.Module, drop: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    """Forward of an embedding some of whose patches are left out in training."""
+    """Forward of an embedding that leaves out some of its patches in training."""
     tokens = forward(*args, **kwargs)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
         raise ValueError(
@@ -145,13 +147,13 @@ def _dropping_forward(
 
 
 def _prefix_tokens(module: nn.Module) -> int:
-    """Tokens before the patches: each of these is (C,) or (1, R, C)."""
+    """Number of tokens before the patches; each parameter in ``_PREFIX`` is (C,) or (1, R, C)."""
     tokens = [getattr(module, name, None) for name in _PREFIX]
     return sum(1 if token.ndim == 1 else token.shape[-2] for token in tokens if isinstance(token, Tensor))
 
 
 def _find(model: nn.Module, path: str | None) -> nn.Module:
-    """Where the patches of a network can be dropped: a timm network itself, or the embedding of another."""
+    """The module at which patches can be dropped: a timm network itself, or the embedding of another network."""
     parts = list(model.modules())
     found = [part for part in parts if hasattr(part, "patch_drop") and hasattr(part, "num_prefix_tokens")]
     found = found or [part for part in parts if any(hasattr(part, name) for name in _PATCHES)]

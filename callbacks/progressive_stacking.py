@@ -1,8 +1,9 @@
 """Progressive stacking (Gong et al., ICML 2019, algorithm 1): train a shallow network, then deepen it with copies.
 
-    for each stage: train the active blocks; then let block l start as a copy of block l - L, L the old depth
+    for each stage: train the active blocks; then copy block l - L into block l, where L is the old depth
 
-A step's cost falls with the depth: with 1/4, 1/2 and all blocks for a third of the run each, to 58% of the block work.
+The cost of a step is proportional to the depth. The default stages (1/4 of the depth for half of the run, 1/2 for a
+quarter, then all blocks) make half of the block work of a full run.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from lit_scale.schedules import check_starts, rewarmup, stage_at
 __all__ = ["ProgressiveStacking", "blocks_at_depth", "growth_map"]
 
 Growth = Literal["stack", "interleave"]
-Stages = Sequence[tuple[float, int | float]]  # int first: flags are read as the first type that fits
+Stages = Sequence[tuple[float, int | float]]  # int before float: the command line takes the first type that fits
 
 
 def blocks_at_depth(depth: int, total: int, growth: Growth = "stack") -> tuple[int, ...]:
-    """Which of ``total`` blocks are active at a depth: the lowest ones, or for interleaving evenly spaced ones.
+    """Which of ``total`` blocks are active at a depth: the lowest ones, or with interleaving evenly spaced ones.
 
     Example:
         >>> blocks_at_depth(2, 8, "stack"), blocks_at_depth(2, 8, "interleave")
@@ -38,7 +39,7 @@ def blocks_at_depth(depth: int, total: int, growth: Growth = "stack") -> tuple[i
 
 
 def growth_map(old: Sequence[int], new: Sequence[int], growth: Growth = "stack") -> dict[int, int]:
-    """Where each newly active block is copied from: block l - L for stacking, the next one below for interleaving.
+    """Source of each newly active block: block l - L for stacking, the next active block below for interleaving.
 
     Args:
         old: Active blocks before the growth.
@@ -46,7 +47,7 @@ def growth_map(old: Sequence[int], new: Sequence[int], growth: Growth = "stack")
         growth: The growth operator.
 
     Returns:
-        Target to source.
+        A dict from target to source.
 
     Example:
         >>> growth_map((0, 1), (0, 1, 2, 3), "stack"), growth_map((0, 4), (0, 2, 4, 6), "interleave")
@@ -61,18 +62,20 @@ def growth_map(old: Sequence[int], new: Sequence[int], growth: Growth = "stack")
 class ProgressiveStacking(ActiveBlocks):
     """Trains a shallow network first and deepens it by copying its own blocks.
 
-    The network must be built at full depth; the callback decides which of its blocks run. Exact resume holds for runs
-    limited by steps or epochs; with ``max_time`` the moment of a growth depends on the clock.
+    Build the network at full depth; the callback decides which of its blocks run. Resuming is exact for runs limited by
+    steps or epochs; with ``max_time`` the step at which the network grows depends on the clock.
 
     Args:
         stages: (start, depth) pairs; starts are fractions of the run, ascending from 0 and below 1; depths ascend, each
             a multiple of the one before, as a fraction of the blocks (float) or a number of blocks (int).
-        growth: ``"stack"`` puts the copies on top (block l copies l - L), ``"interleave"`` each above its original.
-        moments: What becomes of the optimizer state; see :func:`lit_scale.factors.optimizers.transfer_state`.
-        rewarmup: Fraction of the run over which the learning rate climbs back from 0 after each growth; 0 is off.
-        freeze_old: Train only what lies above the old blocks in every growth stage but the last (MSLT, Yang et al.
-            2020): gradients stop at the first new block. Under DDP this needs ``ddp_find_unused_parameters_true``.
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        growth: ``"stack"`` puts the copies on top (block l copies l - L), ``"interleave"`` puts each copy directly
+            above its original.
+        moments: How the optimizer state is transferred; see :func:`lit_scale.factors.optimizers.transfer_state`.
+        rewarmup: Fraction of the run over which the learning rate rises from 0 again after each growth; 0 is off.
+        freeze_old: In every growth stage but the last, train only the new blocks and the layers above them (MSLT, Yang
+            et al. 2020): gradients stop at the first new block. Under DDP this needs
+            ``ddp_find_unused_parameters_true``.
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Raises:
         ValueError: At construction or in ``setup``, if the stages do not ascend or do not fit the model, or the
@@ -103,9 +106,9 @@ class ProgressiveStacking(ActiveBlocks):
         self.rewarmup, self.freeze_old = rewarmup, freeze_old
         self._check_arguments()
         self._starts = [start for start, _ in self.stages]
-        self._depths: list[int] = []  # in blocks, known once the model is
+        self._depths: list[int] = []  # depth of each stage in blocks, from setup on
         self._stage = 0
-        self._frozen = 0  # the lowest blocks, which do not train
+        self._frozen = 0  # number of the lowest blocks that are not trained
         self._thaw: Callable[[], None] | None = None
 
     def _check_arguments(self) -> None:
@@ -119,7 +122,7 @@ class ProgressiveStacking(ActiveBlocks):
             raise ValueError("freeze_old=True needs growth='stack': interleaved copies have old blocks above them")
 
     def _resolve_depths(self, total: int) -> list[int]:
-        """The depths in blocks of a model that has ``total``."""
+        """The depth of each stage in blocks, for a model of ``total`` blocks."""
         depths = [count_blocks(depth, total, f"stages={self.stages}") for _, depth in self.stages]
         if max(depths) > total:
             raise ValueError(f"stages={self.stages}: depth {max(depths)} is more than the {total} blocks of the model")
@@ -141,22 +144,22 @@ class ProgressiveStacking(ActiveBlocks):
     # -- the algorithm ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse stages that do not fit the model; a new run starts at the first depth."""
+        """Refuse stages that do not fit the model; activate the blocks of the first stage in a new run."""
         super().setup(trainer, pl_module, stage)
         self._depths = self._resolve_depths(len(self.stack))
 
     def check_ddp(self, options: Mapping[str, Any]) -> None:
-        """Blocks that freeze need ``find_unused_parameters``."""
+        """Require ``find_unused_parameters`` for ``freeze_old``."""
         super().check_ddp(options)
         if self.freeze_old and not options.get("find_unused_parameters"):
             raise ValueError("freeze_old=True needs strategy='ddp_find_unused_parameters_true'")
 
     def first_blocks(self) -> tuple[int, ...]:
-        """Those of the first depth."""
+        """The blocks of the first stage."""
         return self.blocks_of_kind(self._resolve_depths(len(self.stack))[0])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the stage from the depth that a checkpoint brought."""
+        """Derive the stage from the active blocks, which a checkpoint may have restored."""
         self._stage = 0 if self._begins else self._stage_of(self.stack.active)
         super().on_train_start(trainer, pl_module)
         self._freeze_old()
@@ -167,7 +170,7 @@ class ProgressiveStacking(ActiveBlocks):
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Grow when the next stage has begun."""
         if self.moments == "copy_step0":
-            transfer_state(trainer.optimizers, [], self.moments)  # refuses an unfit optimizer before the growth
+            transfer_state(trainer.optimizers, [], self.moments)  # refuses an unsuitable optimizer before the growth
         due = stage_at(progress(trainer), self._starts)
         while self._stage < due:
             with charge(trainer, "growth"):
@@ -197,12 +200,12 @@ class ProgressiveStacking(ActiveBlocks):
         return rewarmup(progress(trainer), self._starts[self._stage], self.rewarmup) if self._stage else 1.0
 
     def _freeze_old(self) -> None:
-        """MSLT: in growth stages but the last, only the new blocks and what lies above them train."""
+        """MSLT: in growth stages but the last, train only the new blocks and the layers above them."""
         between = self.freeze_old and 0 < self._stage < len(self.stages) - 1
         self._freeze(self._depths[self._stage - 1] if between else 0)
 
     def _freeze(self, count: int) -> None:
-        """Let no gradient flow into the lowest ``count`` blocks and what lies below them."""
+        """Stop gradients above the lowest ``count`` blocks, so that these and the embedding are not trained."""
         if self._thaw is not None:
             self._thaw()
         self._frozen, self._thaw = count, None
@@ -210,13 +213,13 @@ class ProgressiveStacking(ActiveBlocks):
             self._thaw = self.stack.cut(count)
 
     def blocks_of_kind(self, count: int) -> tuple[int, ...]:
-        """Those of a stage of this depth."""
+        """The active blocks of a stage with ``count`` blocks."""
         return blocks_at_depth(count, len(self.stack), self.growth)
 
     # -- logs and the clock -------------------------------------------------------------------------------------------
 
     def logged(self, trainer: Trainer) -> dict[str, float]:
-        """How many blocks run."""
+        """The number of active blocks."""
         return {"active_blocks": float(len(self.stack.active))}
 
     def plain_step_kind(self) -> dict[str, Any]:
@@ -224,10 +227,10 @@ class ProgressiveStacking(ActiveBlocks):
         return {"blocks": len(self.stack), "frozen": 0}
 
     def step_kind(self) -> dict[str, Any]:
-        """Active blocks, and how many of them are frozen."""
+        """The number of active blocks, and how many of them are frozen."""
         return super().step_kind() | {"frozen": self._frozen}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Activate the blocks of a stage, without copying anything."""
+        """Activate and freeze blocks as in a step of this kind, without copying weights."""
         super().impose_step_kind(trainer, pl_module, kind)
         self._freeze(kind["frozen"])

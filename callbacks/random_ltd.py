@@ -1,10 +1,10 @@
 """Random-LTD, random and layerwise token dropping (Yao et al. 2022, arXiv 2211.11586, section 3).
 
-    share   = keep, growing in equal steps to 1 at the share ``until`` of the run
+    share   = keep at first, growing in equal steps to 1 at the fraction ``until`` of the run
     kept[l] = a random subset of the positions, of that share, drawn anew for every block l, sample and step
     x[kept[l]] <- block l(x[kept[l]]) for each block but the first and the last, which run on all tokens
 
-It needs neither labels nor token ids, so it serves causal networks and images too. The trained network is a plain one.
+It needs neither labels nor token ids, so it also works for causal networks and images. Evaluation uses all tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def growing_share(progress: float, keep: float, until: float, stages: int) -> fl
 
     Args:
         progress: Fraction of the run that is done.
-        keep: Share at the beginning.
-        until: Fraction of the run at which all tokens are kept.
-        stages: Steps in between.
+        keep: Share of the tokens that is kept at the beginning.
+        until: Fraction of the run from which on all tokens are kept.
+        stages: Number of equal steps in which the share grows.
 
     Example:
         >>> [growing_share(p, keep=0.2, until=0.5, stages=4) for p in (0.0, 0.1, 0.125, 0.49, 0.5, 1.0)]
@@ -44,28 +44,29 @@ def growing_share(progress: float, keep: float, until: float, stages: int) -> fl
 class RandomLTD(TokenChoice):
     """Lets each middle block run on a random subset of the tokens, which grows to all of them.
 
-    Evaluation uses all tokens. Nothing is asked of the module or its batches. Subsets keep the order of the sequence,
+    Evaluation uses all tokens. The module and its batches need nothing special. Subsets keep the order of the sequence,
     as causal networks need, and are a function of (seed, rank, batch counter, block).
 
-    For a constant share, as in a control that drops tokens at random from the beginning to the end of the run, write
+    For a constant share during the whole run, as in a control that drops tokens at random, use
     ``until=1.0, stages=1``.
 
     Args:
         keep: Share of the tokens that a block keeps at first, in (0, 1]. By default 0.0625 (128 of 2048 tokens, in
             DeepSpeed's documentation of random-LTD).
-        before: Blocks before those that drop, a number or a fraction of all (rounded down). By default 1 (Yao et al.).
-        after: Blocks after them, a number or a fraction. By default 1 (Yao et al.).
-        until: Share of the run at which all tokens are kept. By default 0.75, which with ``keep`` gives the third of
-            the computation that Yao et al. save.
-        stages: Equal steps in which the share grows; each is one more shape to compile. By default 8 (ours).
-        prefix: Leading tokens that are always kept; by default as many as the network's ``num_prefix_tokens`` says, 1
-            if it has a ``cls_token``, else 0.
-        seed: Of the subsets. By default 0.
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        before: Number of blocks, or fraction of all (rounded down), at the front that run on all tokens. By default 1
+            (Yao et al.).
+        after: Number of blocks, or fraction of all, at the end that run on all tokens. By default 1 (Yao et al.).
+        until: Fraction of the run from which on all tokens are kept. By default 0.75, which together with ``keep``
+            saves a third of the computation, as Yao et al. report.
+        stages: Number of equal steps in which the share grows; each is one more shape to compile. By default 8 (ours).
+        prefix: Number of leading tokens that are always kept; by default the network's ``num_prefix_tokens``, or 1 if
+            it has a ``cls_token``, else 0.
+        seed: Seed of the subsets.
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Raises:
-        ValueError: At construction, in ``setup`` or with the first batch, before anything is trained, if an argument is
-            out of range or the blocks do not get (batch, tokens, channels).
+        ValueError: At construction, in ``setup``, or at the first batch before it is trained, if an argument is out of
+            range or the inputs of the blocks are not (batch, tokens, channels).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -104,7 +105,7 @@ class RandomLTD(TokenChoice):
         self._prefix = _leading_tokens(pl_module) if self.prefix is None else self.prefix
 
     def share(self, done: float) -> float:
-        """The share of the stage."""
+        """Share of the tokens that is kept when the fraction ``done`` of the run is done."""
         return growing_share(done, self.keep, self.until, self.stages)
 
     def choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Tensor]:
@@ -114,7 +115,7 @@ class RandomLTD(TokenChoice):
         return [torch.full((), seed, device=pl_module.device) for seed in seeds]
 
     def positions(self, x: Tensor, place: int) -> Tensor | None:
-        """The leading tokens and a random subset of the others."""
+        """Positions (B, K) of the leading tokens and of a random subset of the others."""
         if self.chosen is None:
             return None
         size, length = x.shape[:2]
@@ -124,7 +125,7 @@ class RandomLTD(TokenChoice):
 
 
 def _leading_tokens(module: nn.Module) -> int:
-    """How many tokens stand before the patches of an image: class and register tokens."""
+    """Number of class and register tokens before the patches of an image."""
     for part in module.modules():
         if isinstance(count := getattr(part, "num_prefix_tokens", None), int):
             return count

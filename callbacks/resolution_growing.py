@@ -1,9 +1,10 @@
-"""Resolution growing for vision Transformers: small images first, full ones at the end.
+"""Resolution growing for Vision Transformers: train on small images first and on full ones at the end.
 
-Images of side s make (s / patch)^2 tokens, so early steps at half the side cost a quarter or less, while a coarse view
-teaches much of what there is to learn (Touvron et al. 2019, "Fixing the train-test resolution discrepancy"; Li et al.
-2022, "Automated Progressive Learning for Efficient Training of Vision Transformers", section 3; Composer's progressive
-resizing). Position embeddings are interpolated by the model itself, and the last stage trains at full size.
+    tokens of an image of side s = (s / patch)^2;  s grows by stages of the run
+
+Early steps at half the side cost a quarter or less (Touvron et al. 2019, "Fixing the train-test resolution
+discrepancy"; Li et al. 2022, "Automated Progressive Learning for Efficient Training of Vision Transformers", section 3;
+Composer's progressive resizing). The model interpolates its position embeddings, and the last stage is at full size.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ _INTERPOLATES = "interpolate_pos_encoding"  # Hugging Face's argument
 
 
 def patch_size(module: nn.Module) -> int | None:
-    """Side of a network's patches in pixels: that of timm or Hugging Face, or of its first patch-like convolution."""
+    """Side of a network's patches in pixels; None if it is not found.
+
+    It is the attribute ``patch_size`` of timm or Hugging Face, or the kernel size of the first convolution whose stride
+    equals its kernel size.
+    """
     for part in module.modules():
         declared = getattr(part, "patch_size", None) or getattr(getattr(part, "config", None), "patch_size", None)
         if isinstance(declared, int | tuple | list):
@@ -40,23 +45,26 @@ def patch_size(module: nn.Module) -> int | None:
 
 
 class ResolutionGrowing(SizeByStages):
-    """Trains on small images first.
+    """Trains on small images first, and on larger ones by stages of the run.
 
-    With :class:`~lit_scale.datamodules.ImageDataModule` images are resized before they are collated, so that moving and
-    decoding shrink as well. Batches of any other data module are resized on the device, antialiased: every
-    floating-point tensor of four axes (B, C, H, W). Validation is always at full size. The model must take any size:
-    timm's with ``dynamic_img_size=True``; Hugging Face's are run with interpolated position embeddings.
+    With :class:`~lit_scale.datamodules.ImageDataModule` images are resized before they are collated, so that less data
+    is decoded and moved. Batches of other data modules are resized on the device, with antialiasing: every
+    floating-point tensor of four axes (B, C, H, W). Validation is always at full size. The model must accept any size:
+    build timm's with ``dynamic_img_size=True``; Hugging Face's models are made to interpolate their position
+    embeddings.
 
     Args:
         stages: (start, size) pairs; starts are fractions of the run, ascending from 0 and below 1; sizes ascend to full
-            size, as a fraction of the side (float, taken to the nearest multiple of the patch) or in pixels (int).
-        grow_batch: Take more small images, so that every step has about as many tokens as one of full size. This needs
-            ImageDataModule.
-        patch: Sizes are multiples of this many pixels; by default what the model's patches measure.
+            size, as a fraction of the side (float, rounded to the nearest multiple of the patch) or in pixels (int).
+            The default follows Composer's progressive resizing, with one intermediate size (ours).
+        grow_batch: Whether batches of small images have more of them, so that every step has about as many tokens as
+            one at full size. This needs ImageDataModule.
+        patch: Sizes are multiples of this number of pixels; by default the side of the model's patches.
 
     Raises:
-        ValueError: At construction or before the first step, if the stages do not ascend to full size, a size is no
-            multiple of the patch, the model cannot take other sizes, or ``grow_batch`` has no loader to ask.
+        ValueError: At construction or before the first step, if the stages do not ascend to full size, a size is not a
+            multiple of the patch, the model does not accept other sizes, or the loader cannot be asked for more images
+            although ``grow_batch`` is set.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -84,7 +92,7 @@ class ResolutionGrowing(SizeByStages):
     # -- sizes --------------------------------------------------------------------------------------------------------
 
     def resolve(self, size: int | float, full: int) -> int:
-        """Pixels of a side."""
+        """Side of the images of a stage, in pixels."""
         multiple = self._multiple
         pixels = size if isinstance(size, int) else max(multiple, round(size * full / multiple) * multiple)
         if size == 1.0 and isinstance(size, float):
@@ -97,7 +105,7 @@ class ResolutionGrowing(SizeByStages):
         return pixels
 
     def size_of(self, batch: Any) -> int:
-        """Pixels of a side of the batch's images."""
+        """Side of the batch's images, in pixels."""
         for leaf in torch.utils._pytree.tree_leaves(batch):
             if _are_images(leaf):
                 if leaf.shape[2] != leaf.shape[3]:
@@ -110,13 +118,13 @@ class ResolutionGrowing(SizeByStages):
         return tree_map(lambda leaf: resize(leaf, size) if _are_images(leaf) else leaf, batch)
 
     def samples(self, size: int, batch_size: int) -> int:
-        """As many as have the tokens of a full batch, class tokens not counted."""
+        """Number of images that together have the tokens of a full batch, class tokens not counted."""
         return round(batch_size * (self._sizes[-1] / size) ** 2) if self.grow_batch else batch_size
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the patch size, and check that the model takes other sizes."""
+        """Find the patch size, and refuse a model that is built for one image size."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -133,7 +141,7 @@ class ResolutionGrowing(SizeByStages):
                 self.undo_later(replace(part, "forward", functools.partial(_interpolated, part.forward)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the first step that the loader can grow batches and the model takes the smallest size."""
+        """Check the loader, and that the model accepts the smallest images, before the first step."""
         super().on_train_start(trainer, pl_module)
         if self.grow_batch and self._loader is None:
             raise ValueError("grow_batch=True needs a loader that can be asked for more samples: ImageDataModule's")
@@ -146,7 +154,7 @@ class ResolutionGrowing(SizeByStages):
             self._try(self._trainer.lightning_module, self._sizes[0])
 
     def _try(self, pl_module: LightningModule, size: int) -> None:
-        """Run the module's forward, if it has one, on an empty image of the smallest size."""
+        """Run the module's forward, if it has one, on an image of zeros of the smallest size."""
         if type(pl_module).forward is LightningModule.forward:
             return
         convolutions = [part for part in pl_module.modules() if isinstance(part, nn.Conv2d)]
@@ -167,7 +175,7 @@ class ResolutionGrowing(SizeByStages):
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) to a side of ``size`` pixels, bilinear and antialiased, in their own type."""
+    """Resize images (B, C, H, W) to a side of ``size`` pixels, bilinear and antialiased; the dtype is kept."""
     exact = images.float() if images.dtype in (torch.float16, torch.bfloat16) else images
     resized = F.interpolate(exact, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return resized.to(images.dtype)
@@ -178,7 +186,7 @@ def _are_images(leaf: Any) -> bool:
 
 
 def _interpolated(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """A Hugging Face forward that interpolates position embeddings where nobody says otherwise."""
+    """A Hugging Face forward that interpolates position embeddings unless the caller says otherwise."""
     if kwargs.get(_INTERPOLATES) is None:
         kwargs[_INTERPOLATES] = True
     return forward(*args, **kwargs)

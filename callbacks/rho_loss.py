@@ -1,9 +1,10 @@
-"""RHO-loss (Mindermann et al., ICML 2022, arXiv 2206.07137): train on what is learnable, worth it and not yet learnt.
+"""RHO-loss (Mindermann et al., ICML 2022, arXiv 2206.07137): train on samples whose loss can still be reduced.
 
-    of a large batch take the share q with the largest   loss_i - irreducible loss_i
+    of a large batch train the share q with the largest   loss_i - irreducible loss_i
 
-The irreducible loss is that of a model trained on held-out data, a small one. With the paper's q a step and the forward
-pass over ten times as many samples cost 4.3 plain steps, and the other model comes on top: it has to save more steps.
+The irreducible loss is that of a second, usually small, model trained on held-out data. With the paper's q = 0.1, the
+forward pass over ten times as many samples and the step itself cost 4.3 plain steps, plus the second model's forward
+pass. So the run must need fewer than a quarter of the steps.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ __all__ = ["RhoLoss", "top_reducible"]
 
 
 def top_reducible(losses: Tensor, irreducible: Tensor, share: float) -> Tensor:
-    """The share of the samples whose loss can be reduced most, as ascending indices.
+    """Ascending indices of the share of the samples whose loss can be reduced most.
 
     Args:
-        losses: Under the model that is trained, (B,).
-        irreducible: Under the one that was trained on held-out data, (B,).
-        share: In (0, 1].
+        losses: Losses under the model that is trained, (B,).
+        irreducible: Losses under the model that was trained on held-out data, (B,).
+        share: Share of the samples, in (0, 1].
 
     Example:
         >>> top_reducible(torch.tensor([5.0, 2.0, 0.1, 3.0]), torch.tensor([4.9, 0.1, 0.1, 0.2]), share=0.5)
@@ -43,24 +44,24 @@ def top_reducible(losses: Tensor, irreducible: Tensor, share: float) -> Tensor:
 
 
 class RhoLoss(SampleChoice):
-    """Trains on the samples whose loss can still be reduced, as a second model tells.
+    """Trains on the samples whose loss can still be reduced, according to a second model.
 
-    Both models are run over a large batch without dropout, and the top share of it is trained, unweighted. A loader
-    that takes a plan, as those of our data modules do, is asked for ``1 / share`` times as many samples, so that a step
-    trains as many as ever; of any other loader each batch is the large one. Both modules need
-    ``per_sample_loss(batch) -> (B,)``.
+    Both models run on a large batch without dropout, and the share with the largest difference of losses is trained,
+    unweighted. A loader that takes a plan, as those of our data modules do, is asked for ``1 / share`` times as many
+    samples, so that a step trains the usual number; with any other loader each batch is the large one. Both modules
+    need ``per_sample_loss(batch) -> (B,)``.
 
-    The second model is no part of the run's checkpoints; resuming asks for the same one. What its training has cost is
-    charged to this run's clock, if its checkpoint tells (it was trained beside a ``CostMeter``).
+    The second model is not in the run's checkpoints; give the same one when you resume. The cost of its training is
+    charged to this run's clock if its checkpoint holds the state of a ``CostMeter``.
 
     Args:
-        irreducible: The model that was trained on held-out data, or a checkpoint of one of the trained module's class,
-            which may be smaller.
-        share: Share q of the samples that is trained (0.1 in the paper).
+        irreducible: A LightningModule that was trained on held-out data, or the path of a checkpoint of one. A
+            checkpoint must be of the class that is trained; the model in it may be smaller.
+        share: Share q of the samples that is trained, in (0, 1) (0.1 in the paper: 32 of 320).
 
     Raises:
-        ValueError: At construction; or in ``setup``, if a module has no ``per_sample_loss``, or the checkpoint is of
-            another class.
+        ValueError: At construction; or in ``setup``, if a module has no ``per_sample_loss``, or the checkpoint cannot
+            be loaded as one of the trained class.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -72,13 +73,13 @@ class RhoLoss(SampleChoice):
         if not 0.0 < share < 1.0:
             raise ValueError(f"share={share} is not a share of the samples in (0, 1), such as 0.1")
         self.irreducible, self.share = irreducible, share
-        self._other: Any = None  # the model
-        self._checkpoint: dict[str, Any] = {}  # its own, without the weights
-        self._fingerprint = ""  # of its weights
-        self._plain = False  # the clock prices a step without the technique
+        self._other: Any = None  # the second model
+        self._checkpoint: dict[str, Any] = {}  # callback states of its checkpoint
+        self._fingerprint = ""  # hash of its weights
+        self._plain = False  # whether the clock times a step without the technique
 
     def settings(self) -> dict[str, Any]:
-        """The share, and which model tells the irreducible loss."""
+        """The share, and a hash of the second model's weights."""
         return {"share": self.share, "irreducible": self._fingerprint}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,11 +113,11 @@ class RhoLoss(SampleChoice):
             ) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the second model to the device, charge what it has cost, and ask the loader for large batches."""
+        """Move the second model to the device, charge its training cost, and ask the loader for large batches."""
         super().on_train_start(trainer, pl_module)
         self._other.to(pl_module.device)
         if not charge_run(trainer, "irreducible losses", self._checkpoint):
-            rank_zero_info("RhoLoss: what the second model's training has cost is not known, and not charged")
+            rank_zero_info("RhoLoss: the training cost of the second model is not known and not charged")
         if self._loader is None:
             rank_zero_info(
                 "RhoLoss: this loader cannot be asked for more samples, so a step trains "
@@ -124,13 +125,13 @@ class RhoLoss(SampleChoice):
             )
 
     def samples(self, number: int, count: int) -> int:
-        """So many that as many as ever are trained."""
+        """Size of the large batch, of which the share has ``count`` samples."""
         return round(count / self.share)
 
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
-        """Take those whose loss can be reduced most."""
+        """Train on the samples whose loss can be reduced most."""
         count = count_samples(batch)
-        if self._plain and self._loader is not None:  # without the technique it would bring so many
+        if self._plain and self._loader is not None:  # the loader's batch without the technique is this share
             batch = take_samples(batch, slice(0, round_share(self.share, count)))
         if self._plain or round_share(self.share, count) == count:
             return step(batch)
@@ -138,11 +139,11 @@ class RhoLoss(SampleChoice):
         return step(take_samples(batch, index))
 
     def is_plain(self) -> bool:
-        """Only where the clock asks for it."""
+        """Whether the clock times a plain step; the technique itself makes none."""
         return self._plain
 
     def plain_step_kind(self) -> dict[str, Any]:
-        """As many samples are trained, and none are scored."""
+        """The same number of samples is trained, without scoring any."""
         return {"samples_kept": "unscored"}
 
     def step_kind(self) -> dict[str, Any]:
@@ -150,5 +151,5 @@ class RhoLoss(SampleChoice):
         return {"samples_kept": "unscored" if self._plain else self.share}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Score no samples where a step is to be plain."""
+        """Skip the scoring if a step of this kind does."""
         self._plain = kind["samples_kept"] == "unscored"

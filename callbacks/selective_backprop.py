@@ -1,8 +1,9 @@
-"""Selective backprop (Jiang et al. 2019, arXiv 1910.00762): back-propagate the samples with large losses only.
+"""Selective backprop (Jiang et al. 2019, arXiv 1910.00762): back-propagate mostly samples with large losses.
 
     one forward pass over the batch; sample i is kept with probability ~ percentile(loss_i)^(1 / keep - 1)
 
-A step costs a third of a plain one for the losses, and ``keep`` for the rest: 17% less with half of the samples.
+A step that chooses costs a third of a plain one for the losses and ``keep`` of one for the training: 17% less than a
+plain step with ``keep=0.5``.
 """
 
 from __future__ import annotations
@@ -22,41 +23,40 @@ __all__ = ["SelectiveBackprop", "select_by_percentile"]
 
 
 def select_by_percentile(losses: Tensor, keep: float, generator: torch.Generator) -> Tensor:
-    """Draw a share of the samples without replacement, rather those with large losses.
+    """Draw a share of the samples without replacement, with preference for large losses.
 
     Args:
-        losses: (B,).
-        keep: Share of the samples in (0, 1]; small ones prefer large losses more.
-        generator: On the CPU.
+        losses: Losses, (B,).
+        keep: Share of the samples, in (0, 1]; the smaller it is, the more large losses are preferred.
+        generator: Random generator on the CPU.
 
     Returns:
-        Indices, ascending.
+        Indices of the chosen samples, ascending.
 
     Example:
         >>> select_by_percentile(torch.tensor([0.1, 2.0, 0.3, 0.2]), 0.25, torch.Generator())
         tensor([1])
     """
     count = len(losses)
-    order = losses.cpu().argsort(stable=True)  # what is not a number comes last, and is so met rather than passed by
+    order = losses.cpu().argsort(stable=True)  # NaN comes last, so such samples are likely to be trained and noticed
     percentiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     chosen = torch.multinomial(percentiles ** (1 / keep - 1), round_share(keep, count), generator=generator)
     return order[chosen].sort().values.to(losses.device)
 
 
 class SelectiveBackprop(SampleChoice):
-    """Trains on the part of each batch that has large losses.
+    """Trains on a part of each batch, preferably samples with large losses.
 
-    Losses are those of a forward pass without dropout. Their gradients are not weighted, so that, other than with
-    :class:`ImportanceSampling`, the network learns another distribution of samples, one of hard ones; the last part of
-    the run therefore is plain, and so is every ``interrupt``-th batch. The module needs
-    ``per_sample_loss(batch) -> (B,)``.
+    Losses are those of a forward pass without dropout. Their gradients are not weighted: unlike with
+    :class:`ImportanceSampling`, the network learns a distribution with more hard samples. For this reason the last part
+    of the run is plain, and so is every ``interrupt``-th batch. The module needs ``per_sample_loss(batch) -> (B,)``.
 
     Args:
-        start: Fraction of the run at which choosing begins (0.5 in Composer, as the next three).
-        end: Fraction at which it ends (0.9).
-        keep: Share of the samples that is trained (0.5).
-        interrupt: Every so many batches one is trained whole; 0 for none (2, which makes every second one plain).
-        seed: Of the draws, which are a function of (seed, rank, batch counter).
+        start: Fraction of the run at which choosing begins. The defaults of this and the next three are Composer's.
+        end: Fraction of the run at which choosing ends.
+        keep: Share of the samples that is trained, in (0, 1).
+        interrupt: Every ``interrupt``-th batch is trained whole; 0 for none. With 2 every second batch is.
+        seed: Seed of the draws, which are a function of (seed, rank, batch counter).
 
     Raises:
         ValueError: At construction, or in ``setup``, if the module has no ``per_sample_loss``.
@@ -76,25 +76,25 @@ class SelectiveBackprop(SampleChoice):
         if interrupt < 0 or interrupt == 1:
             raise ValueError(f"interrupt={interrupt}: use 0 to choose from all batches, or at least 2")
         self.start, self.end, self.keep, self.interrupt, self.seed = start, end, keep, interrupt, seed
-        self._due = False  # in this optimizer step
-        self._chooses = False  # from the current batch
+        self._due = False  # whether the run is between start and end
+        self._chooses = False  # whether samples of the current batch are chosen
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
         return {name: getattr(self, name) for name in ("start", "end", "keep", "interrupt", "seed")}
 
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Whether the run is in the phase in which samples are chosen."""
+        """Set whether the run is in the phase in which samples are chosen."""
         self._due = self.start <= progress(trainer) < self.end
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Choose from this batch, unless it is one of those that are trained whole."""
+        """Set whether to choose from this batch, or to train it whole."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         interrupted = self.interrupt > 0 and (self.number(trainer) + 1) % self.interrupt == 0
         self._chooses = self._due and not interrupted
 
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
-        """Choose by loss, or make the plain step."""
+        """Choose samples by their losses, or make a plain step."""
         if not self._chooses or round_share(self.keep, count_samples(batch)) == count_samples(batch):
             return step(batch)
         losses = sample_losses(pl_module, batch)
@@ -104,7 +104,7 @@ class SelectiveBackprop(SampleChoice):
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """All samples are trained."""
+        """Whether all samples are trained."""
         return not self._chooses
 
     def step_kind(self) -> dict[str, Any]:
@@ -112,5 +112,5 @@ class SelectiveBackprop(SampleChoice):
         return {"samples_kept": self.keep if self._chooses else 1.0}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Choose as an earlier step did."""
+        """Choose samples or not, as in a step of this kind."""
         self._chooses = kind["samples_kept"] < 1.0

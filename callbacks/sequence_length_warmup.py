@@ -1,8 +1,10 @@
 """Sequence-length warm-up: short sequences first, full ones at the end (Li et al., NeurIPS 2022, arXiv 2108.06084).
 
-Attention over T tokens costs T^2, and long sequences are what makes the gradients of early training vary most, so that
-short ones allow larger rates and batches. The paper truncates and throws the rest away; here a sequence is cut into
-pieces, so that no token is lost and every step has as many as any other.
+    a batch (B, T) becomes (B T / L, L); the length L grows to T by stages of the run
+
+The cost of attention is quadratic in the length. The paper also finds that long sequences cause much of the gradient
+variance early in training, so that short ones allow larger learning rates and batches. The paper truncates sequences
+and discards the rest; here they are cut into pieces, so that every step has the same number of tokens.
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ __all__ = ["SequenceLengthWarmup"]
 
 
 class SequenceLengthWarmup(SizeByStages):
-    """Trains on short sequences first, with tokens per step kept constant.
+    """Trains on short sequences first, with a constant number of tokens per step.
 
-    With :class:`~lit_scale.datamodules.TextDataModule` sequences are cut before they are masked. Batches of any other
-    data module are cut on the device: every tensor whose second axis is as long as the first tensor's (input ids,
-    labels, masks) becomes (B T / L, L). Validation always sees full sequences.
+    With :class:`~lit_scale.datamodules.TextDataModule` sequences are cut before they are masked. Batches of other data
+    modules are cut on the device: every tensor (B, T, ...), such as ids, labels and masks, becomes (B T / L, L, ...),
+    and tensors (B,) are repeated for each piece. Validation uses full sequences.
 
     Args:
         stages: (start, length) pairs; starts are fractions of the run, ascending from 0 and below 1; lengths ascend to
-            full length and divide it, as a fraction of it (float) or in tokens (int).
+            full length and divide it, as a fraction of it (float) or in tokens (int). The default is ours: an eighth,
+            doubled at 0.2, 0.4 and 0.6.
 
     Raises:
-        ValueError: At construction or before the first step, if the stages do not ascend to full length, or a length
-            does not divide it.
+        ValueError: At construction or before the first step, if the stages do not ascend to full length or a length
+            does not divide it; at the first short batch, if a tensor has another second axis.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -45,7 +48,7 @@ class SequenceLengthWarmup(SizeByStages):
         super().__init__(stages)
 
     def resolve(self, size: int | float, full: int) -> int:
-        """Tokens of a sequence."""
+        """Length of the sequences of a stage, in tokens."""
         length = size if isinstance(size, int) else size * full
         if length < 1 or full % length:
             divisors = ", ".join(str(n) for n in range(1, full + 1) if full % n == 0)
@@ -56,7 +59,7 @@ class SequenceLengthWarmup(SizeByStages):
         return int(length)
 
     def size_of(self, batch: Any) -> int:
-        """Tokens of a sequence of the batch."""
+        """Length of the batch's sequences, in tokens."""
         for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch):
             if isinstance(leaf, Tensor) and leaf.ndim >= 2:
                 return int(leaf.shape[1])
@@ -69,7 +72,7 @@ class SequenceLengthWarmup(SizeByStages):
         def cut(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.ndim == 0:
                 return leaf
-            if leaf.ndim == 1:  # something of each sample
+            if leaf.ndim == 1:  # one value per sample
                 return leaf.repeat_interleave(full // size, 0)
             if leaf.shape[1] != full:
                 raise ValueError(

@@ -4,7 +4,8 @@
     kept    = the tokens of a sequence with the largest m[token]; special tokens come first, padding comes last
     x[kept] <- middle blocks(x[kept]); the first half of the blocks and the last one run on all tokens
 
-What a block costs falls with the tokens that it keeps, its attention faster still; the trained network is a plain one.
+The cost of a block falls with the share of the tokens that is kept, that of its attention with the square. Evaluation
+uses all tokens.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ _UNSEEN = 10.0  # running loss of a token that has not been predicted yet (Hou e
 
 
 def running_loss(table: Tensor, sums: Tensor, counts: Tensor, beta: float) -> Tensor:
-    """The moving average of each token's loss after a step: tokens that were not predicted keep theirs.
+    """Update the moving average of each token's loss; tokens that were not predicted in the step keep theirs.
 
     Args:
         table: Averages before the step, (V,).
-        sums: Sum of the losses of each token in this step, over all its occurrences, (V,).
-        counts: Number of the occurrences, (V,).
-        beta: Weight of the past.
+        sums: Sum of the losses of each token over its occurrences in this step, (V,).
+        counts: Number of these occurrences, (V,).
+        beta: Weight of the past, in [0, 1).
+
+    Returns:
+        Averages after the step, (V,).
 
     Example:
         >>> table, sums, counts = torch.tensor([10.0, 10.0]), torch.tensor([6.0, 0.0]), torch.tensor([3.0, 0.0])
@@ -46,23 +50,25 @@ def running_loss(table: Tensor, sums: Tensor, counts: Tensor, beta: float) -> Te
 
 
 class TokenDropping(TokenChoice):
-    """Lets the middle blocks run on the tokens with the largest running loss only.
+    """Lets the middle blocks run only on the tokens with the largest running loss.
 
-    Evaluation uses all tokens. Batches are dicts with ``input_ids`` (B, T) and ``labels``, of which those below 0 do
-    not count; tokens whose ``attention_mask`` is 0 are dropped first. The module has a method ``per_token_loss(batch)``
-    that returns the losses in the labels' shape, and that ``training_step`` itself calls.
+    Evaluation uses all tokens. Batches are dicts with ``input_ids`` (B, T) and ``labels``; labels below 0 do not count,
+    and tokens whose ``attention_mask`` is 0 are dropped first. The module needs a method ``per_token_loss(batch)`` that
+    returns the losses in the shape of the labels, and its ``training_step`` must call it.
 
     Args:
-        keep: Share of the tokens that the span keeps, in (0, 1]. By default 0.5 (256 of 512 in Hou et al.).
-        before: Blocks before the span, a number or a fraction of all (rounded down). By default half (Hou et al.).
-        after: Blocks after the span, a number or a fraction. By default the last one (Hou et al.).
-        until: Share of the run after which all tokens run through all blocks. By default 1.0: never (Hou et al.).
-        beta: Weight of the past in the running loss. By default 0.995 (Hou et al.'s code).
-        special_ids: Tokens that are always kept; by default those that the data module names.
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        keep: Share of the tokens that the middle blocks keep, in (0, 1]. By default 0.5 (256 of 512 in Hou et al.).
+        before: Number of blocks, or fraction of all (rounded down), at the front that run on all tokens. By default
+            half (Hou et al.).
+        after: Number of blocks, or fraction of all, at the end that run on all tokens. By default 1 (Hou et al.).
+        until: Fraction of the run from which on all tokens run through all blocks. By default 1.0: never (Hou et al.).
+        beta: Weight of the past in the running loss, in [0, 1). By default 0.995 (Hou et al.'s code).
+        special_ids: Token ids that are always kept; by default the ``special_ids`` of the data module.
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Raises:
-        ValueError: Before anything is trained, if an argument is out of range or module or batches lack what it needs.
+        ValueError: Before the first optimizer step, if an argument is out of range, or the module or a batch lacks what
+            the technique needs.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -87,9 +93,9 @@ class TokenDropping(TokenChoice):
             raise ValueError(f"beta={beta} is not in [0, 1)")
         self.keep, self.until, self.beta, self.special_ids = keep, until, beta, special_ids
         self._table: Tensor | None = None  # running losses (V,), once training has started
-        self._loaded: Tensor | None = None  # those of a checkpoint, from which training starts
-        self._noted: int | None = None  # batches whose losses the training step at work has asked for, if they count
-        self._ended = False  # training has; steps are only replayed
+        self._loaded: Tensor | None = None  # running losses of a checkpoint, before training starts
+        self._noted: int | None = None  # calls of per_token_loss in the current training step; None: do not record
+        self._ended = False  # training has ended; steps are only replayed by the clock
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
@@ -99,11 +105,11 @@ class TokenDropping(TokenChoice):
     # -- which tokens are kept ----------------------------------------------------------------------------------------
 
     def share(self, done: float) -> float:
-        """``keep``, and all tokens from ``until`` on."""
+        """``keep``, and 1.0 from ``until`` on."""
         return self.keep if done < self.until else 1.0
 
     def choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[Tensor, int]:
-        """Positions of the largest running losses."""
+        """Positions (B, K) of the largest running losses, and the length T."""
         assert self._table is not None
         ids, seen = self.entry(batch, "input_ids"), batch.get("attention_mask")
         scores = (self._table + self._bonus)[ids]  # (B, T)
@@ -126,8 +132,8 @@ class TokenDropping(TokenChoice):
         special = getattr(data, "special_ids", None) if self.special_ids is None else self.special_ids
         if special is None:
             raise ValueError(
-                "TokenDropping has to know the special tokens, which are always kept, and the data does not name them; "
-                "give special_ids=[...] with those of [MASK], [CLS] and [SEP]"
+                "TokenDropping needs the ids of the special tokens, which are always kept, and the data module has no "
+                "special_ids; give special_ids=[...] with those of [MASK], [CLS] and [SEP]"
             )
         if special and not 0 <= min(special) <= max(special) < max(sizes):
             raise ValueError(f"special_ids={list(special)} are not all token ids of a vocabulary of {max(sizes)}")
@@ -140,8 +146,8 @@ class TokenDropping(TokenChoice):
             output = method(*args, **kwargs)
             if self._noted == 0:
                 raise ValueError(
-                    f"{name}.training_step did not call self.per_token_loss(batch), whose losses TokenDropping goes "
-                    "by; let it do so, or use RandomLTD"
+                    f"{name}.training_step did not call self.per_token_loss(batch), whose losses TokenDropping needs; "
+                    "call it there, or use RandomLTD"
                 )
             self._noted = None
             return output
@@ -149,7 +155,7 @@ class TokenDropping(TokenChoice):
         self.undo_later(wrap(pl_module, "training_step", training_step), wrap(pl_module, "per_token_loss", self._note))
 
     def _note(self, method: Callable[..., Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Note the losses of the tokens that a training step asks its module for."""
+        """Record the token losses that the training step computes."""
         losses = method(batch, *args, **kwargs)
         if self._noted is not None:
             self._noted += 1
@@ -173,7 +179,7 @@ class TokenDropping(TokenChoice):
         self._seen = self._table.new_zeros(2, self._size, dtype=torch.float64)  # sums, counts since the last step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Bring the running losses up to date, before anybody saves; a step that is only replayed leaves no trace."""
+        """Update the running losses, before a checkpoint can be saved; a replayed step does not change them."""
         if self.kept == 1.0:
             return
         if trainer.world_size > 1:
@@ -194,5 +200,5 @@ class TokenDropping(TokenChoice):
         return {} if table is None else {"running_loss": table.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the running losses of a checkpoint."""
+        """Restore the running losses of a checkpoint."""
         self._loaded, self._table = state_dict.get("running_loss"), None

@@ -1,6 +1,6 @@
-"""The base of every technique: checks at the start, one decision per optimizer step, logs, and the way back.
+"""The base class of all techniques: checks at the start, one decision per optimizer step, logs, and cleanup.
 
-A subclass names its factor and fills in what it needs::
+A subclass sets its factor and overrides the methods it needs::
 
     class MyTechnique(Technique):
         factor = "samples"
@@ -8,11 +8,11 @@ A subclass names its factor and fills in what it needs::
         def settings(self): ...                       # constructor arguments, compared at resume
         def setup(self, trainer, pl_module, stage):   # super().setup(...) first; refuse what does not fit
         def decide(self, trainer, pl_module): ...     # once per optimizer step
-        def logged(self, trainer): ...                # what is written of it, by name
-        def step_kind(self): ...                      # what decides a step's cost; is_plain and the rest likewise
+        def logged(self, trainer): ...                # values to log, by name
+        def step_kind(self): ...                      # what decides a step's cost; see also is_plain and the others
 
-Whatever it changes in a model, a loader or a Trainer it hands to :meth:`Technique.undo_later`, so that an exception or
-the end of the run changes it back.
+For every change to a model, a loader or a Trainer, register a function that reverts it with
+:meth:`Technique.undo_later`. It is called at an exception and at the end of the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNTESTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # Lightni
 
 
 def snake_case(kind: type) -> str:
-    """A class's name as flags, metrics and files have it.
+    """The name of a class in snake case, as used in flags, metrics and file names.
 
     Example:
         >>> class RandomLTD(Technique): ...
@@ -51,7 +51,7 @@ def snake_case(kind: type) -> str:
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:
-    """The averages of the module's weights that Lightning's callbacks keep, each a module like it."""
+    """The modules in which Lightning's averaging callbacks keep averages of the weights."""
     averaging = WeightAveraging | StochasticWeightAveraging
     models = [c._average_model for c in callbacks_of(trainer, Callback) if isinstance(c, averaging)]
     return [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
@@ -60,17 +60,18 @@ def averages(trainer: Trainer) -> list[nn.Module]:
 class Technique(Callback):
     """A callback that lowers one factor of a run's cost.
 
-    Lightning calls the hooks; a subclass that overrides one calls ``super()`` first. At the start this class refuses
-    what the technique does not work with. At resume it refuses settings other than those of the checkpoint, and a
-    technique that is missing. State is numbers, strings and tensors, so that checkpoints load with
-    ``weights_only=True``.
+    Lightning calls the hooks; a subclass that overrides a hook calls ``super()`` first. ``setup`` refuses runs that the
+    technique does not support. Resuming with other settings than those of the checkpoint, or without a technique that
+    it was trained with, is refused too. State must consist of numbers, strings and tensors, so that checkpoints load
+    with ``weights_only=True``.
 
-    Steps of equal cost form a *step kind*: the sizes of the batch, and what each technique reports by
+    Steps of equal cost form a *step kind*: the sizes of the batch, and what each technique returns from
     :meth:`step_kind`. The clock (:class:`~lit_scale.cost.CostMeter`) keeps one price for each kind.
 
     Raises:
-        ValueError: In ``setup``, for another strategy than ``strategies``, manual optimization, or a second technique
-            on the same factor; at resume, for settings that differ or a technique that is missing.
+        ValueError: In ``setup``, for a strategy that is not in ``strategies``, manual optimization, the same technique
+            twice, or another technique on the same factor; at resume, for settings that differ, a technique that is
+            missing, or one that cannot be added to a run.
 
     Example:
         >>> class HalfAtFirst(Technique):
@@ -85,13 +86,13 @@ class Technique(Callback):
 
     #: The factor of steps x samples x tokens x blocks x weights x bytes that the technique lowers.
     factor: ClassVar[Factor]
-    #: Names of techniques on the same factor that this one can share it with.
+    #: Class names of techniques on the same factor that can be combined with this one.
     shares_with: ClassVar[frozenset[str]] = frozenset()
-    #: Whether it can be added to a run that was begun without it.
+    #: Whether the technique can be added when a run that started without it is resumed.
     joins_late: ClassVar[bool] = True
-    #: Where the micro-batches of an optimizer step change over the run; see :mod:`lit_scale.progress`.
+    #: The optimizer steps at which the number of micro-batches changes; see :mod:`lit_scale.progress`.
     windows: Windows = ()
-    #: Strategies it is tested with, and what to write instead of others.
+    #: Strategies that the technique is tested with; others are refused.
     strategies: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy, DDPStrategy)
 
     _decided_at: int = -1  # optimizer step of the latest decision
@@ -99,66 +100,66 @@ class Technique(Callback):
 
     @property
     def name(self) -> str:
-        """Its name in flags, metrics and files: ``progressive_stacking``."""
+        """The technique's name in flags, metrics and files, such as ``progressive_stacking``."""
         return snake_case(type(self))
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments that must not change when a run is resumed, as plain values."""
         return {}
 
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle what the next optimizer step does.
+        """Decide what the next optimizer step does.
 
-        Called before the first micro-batch of each optimizer step, hence never inside an accumulation window, and
+        Called before the first micro-batch of each optimizer step, so never inside an accumulation window, and
         before the first micro-batch after a resume.
         """
 
     def logged(self, trainer: Trainer) -> dict[str, float]:
-        """Values to log, each under ``<name>/<entry>``; asked for only at steps whose logs are written."""
+        """Values to log, each under ``<name>/<entry>``; called only at steps whose logs are written."""
         return {}
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a plain model and a plain Trainer behind: at an exception and in ``teardown``, perhaps twice.
+        """Restore the model and the Trainer; called at an exception and in ``teardown``, possibly twice.
 
-        Not at the end of training, when the clock still replays steps. What has to go by then, a subclass takes away in
-        ``on_train_end``.
+        It is not called at the end of training, when the clock still replays steps. A subclass reverts changes that
+        must not remain during the replay in ``on_train_end``.
         """
         self.undo()
 
     def on_copy(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Copy per-parameter state along with weights that another technique copied, as (source, target) pairs."""
+        """Copy per-parameter state after another technique copied weights; pairs are (source, target)."""
 
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """Whether a training step now is exactly the one that a run without the technique makes, at the same price."""
+        """Whether a training step in the current state computes and costs the same as without the technique."""
         return False
 
     def step_kind(self) -> dict[str, Any]:
-        """What, beside the batch, decides the cost of a training step now: the technique's part of the step kind."""
+        """The technique's part of the step kind: what, besides the batch, decides the cost of a step at present."""
         return {}
 
     def plain_step_kind(self) -> dict[str, Any] | None:
-        """The :meth:`step_kind` of a plain step, which the clock prices where a run makes none; None: it cannot."""
+        """The :meth:`step_kind` of a plain step, which the clock times if the run makes none; None if there is none."""
         return None
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Bring the model into a state in which a step is of this kind, as :meth:`step_kind` returned it before."""
+        """Bring the model into a state in which steps are of this kind, an earlier result of :meth:`step_kind`."""
 
     def skipped_flops(self) -> int:
-        """FLOPs of the current training step that only a kernel for sparse matrices would leave out."""
+        """FLOPs of the current training step that only kernels for sparse matrices would save."""
         return 0
 
     # -- what a subclass uses -----------------------------------------------------------------------------------------
 
     def undo_later(self, *undo: Callable[[], None]) -> None:
-        """Register functions that change something back; :meth:`undo` calls the latest first, each once."""
+        """Register functions that revert changes; :meth:`undo` calls each once, the latest first."""
         self._undo = (*self._undo, *undo)
 
     def undo(self) -> None:
-        """Change back whatever was registered by :meth:`undo_later`."""
+        """Call the functions that :meth:`undo_later` registered."""
         while self._undo:
             *rest, latest = self._undo
             self._undo = tuple(rest)
@@ -167,7 +168,7 @@ class Technique(Callback):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before anything is trained, what the technique does not work with."""
+        """Refuse, before training, runs that the technique does not support."""
         if stage != "fit":
             return
         self._decided_at = -1
@@ -206,11 +207,11 @@ class Technique(Callback):
         self.detach(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave the technique's name and settings in the checkpoint."""
+        """Write the technique's class name and settings into the checkpoint."""
         checkpoint.setdefault(_MARK, {})[type(self).__name__] = self.settings()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other settings or without a technique that the checkpoint was trained with."""
+        """Refuse to resume with other settings, or without a technique that the checkpoint was trained with."""
         check_techniques(trainer, checkpoint)
 
 
@@ -220,7 +221,7 @@ def techniques(trainer: Trainer) -> list[Technique]:
 
 
 def trained_with(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The techniques that a checkpoint was trained with: class names, and their settings."""
+    """The techniques that a checkpoint was trained with: settings by class name."""
     return checkpoint.get(_MARK, {})
 
 
@@ -228,7 +229,8 @@ def check_techniques(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Refuse to resume training without, or with other settings of, the techniques of a checkpoint.
 
     Raises:
-        ValueError: Naming the technique and the setting, or one that cannot join a run which was begun without it.
+        ValueError: If a technique is missing, has other settings, or cannot be added to a run that started without it.
+            The message names the technique.
     """
     if trainer.state.fn != "fit":
         return

@@ -1,4 +1,4 @@
-"""What Lightning does not declare of a Trainer: its callbacks, and whether a step's logs are written."""
+"""Typed access to two things of a Trainer that Lightning does not declare: its callbacks, and when logs are written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Kind = TypeVar("Kind", bound=Callback)
 
 
 def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
-    """The callbacks of a Trainer that are of one class, in their order.
+    """The callbacks of a Trainer that are instances of a class, in their order.
 
     Args:
         trainer: The Trainer.
-        kind: The class; subclasses count too, so ``Callback`` gives all of them.
+        kind: The class; instances of subclasses are included, so ``Callback`` gives all callbacks.
 
     Example:
         >>> from lightning.pytorch.callbacks import Timer
@@ -29,7 +29,7 @@ def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
 
 
 def writes_logs(trainer: Trainer) -> bool:
-    """Whether what is logged during this training step reaches the logger: every ``log_every_n_steps`` steps.
+    """Whether values logged in the current training step reach the logger, which is every ``log_every_n_steps`` steps.
 
     Example:
         >>> writes_logs(Trainer(log_every_n_steps=1, accelerator="cpu", logger=False))

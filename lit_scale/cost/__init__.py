@@ -1,4 +1,4 @@
-"""The clock: what a run costs in FLOPs and in reference seconds, whatever the machine did meanwhile."""
+"""The clock: the cost of a run in FLOPs and in reference seconds, which do not depend on the load of the machine."""
 
 from lit_scale.cost.meter import CostMeter, charge, charge_run, resident_peak
 from lit_scale.cost.record import hardware, versions, write_json

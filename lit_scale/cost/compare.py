@@ -1,21 +1,21 @@
-"""Runs side by side: what each cost and reached, and what those with a technique saved against those without.
+"""Compare runs: the cost and loss of each, and the saving of runs with a technique against runs without one.
 
     python -m lit_scale.cost.compare plain-short/result.json plain-long/result.json technique/result.json
 
-Costs are in *plain steps*: steps of the network without any technique, whose price each run has measured beside its own
-steps. They compare between runs whose plain step is the same: of as many parameters, and of about as many FLOPs (so of
-the same batches too). Of runs with different plain steps, say which run's is the unit:
+Costs are in *plain steps*: steps of the network without any technique, which each run has timed along with its own
+steps. Costs of two runs can be compared if their plain steps are the same: an equal number of parameters, and about
+equal FLOPs, hence equal batches. If plain steps differ, name the run whose plain step is the unit:
 
     python -m lit_scale.cost.compare small/result.json large/result.json --unit small/result.json
 
-A run with another plain step is then converted by the ratio of the two plain steps' FLOPs, and a run that has none is
-counted by its FLOPs alone. FLOPs are not time: small networks take more of it for each, so the order of two costs that
-are close is not to be trusted.
+Runs with another plain step are then converted by the ratio of the plain steps' FLOPs, and runs without a plain step by
+their own FLOPs. FLOPs are not time: small networks need more time per FLOP, so do not rely on the order of two costs
+that are close.
 
 Savings are at equal loss. Baselines of at least two lengths, each with a schedule that ends with the run, make a curve
-of loss over the logarithm of cost; a technique's saving is 1 - its cost / the cost at which that curve has its loss.
-Nothing is extrapolated. Several runs of equal length count as one, with their means; without several seeds there is no
-interval, and a saving of a few percent says nothing.
+of loss over the logarithm of cost. The saving of a technique is 1 - its cost / the cost at which the curve reaches its
+loss. Nothing is extrapolated. Runs of equal length are averaged. There is no interval, so a saving of a few percent is
+not significant.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rich.table import Table
 
 __all__ = ["ComparedRun", "compare", "cost_at", "main", "read", "saving"]
 
-_SAME_STEP = 1.05  # FLOPs of a plain step that are counted in different ways differ by less
+_SAME_STEP = 1.05  # largest ratio of the FLOPs of equal plain steps, which may be counted in different ways
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class ComparedRun:
     """A run's record, and its cost in the unit.
 
     Attributes:
-        name: Of its folder.
-        record: What ``CostMeter`` wrote.
-        cost: In plain steps of the unit; None if it has no plain step and no unit is given.
-        how: Empty if it was priced by its own plain step, else how.
-        loss: The validation loss at the end, or another metric that is compared; None if it was not measured.
+        name: Name of the run's folder.
+        record: The record that ``CostMeter`` wrote.
+        cost: Cost in plain steps of the unit; None if the run has no plain step and no unit is given.
+        how: How the cost was converted to the unit; empty if it is in the run's own plain steps.
+        loss: The last validation loss, or another metric that is compared; None if it was not measured.
     """
 
     name: str
@@ -58,15 +58,15 @@ class ComparedRun:
 
     @property
     def baseline(self) -> bool:
-        """Whether it was made without a technique."""
+        """Whether the run was made without a technique."""
         return bool(self.record["baseline"]) or not self.record["technique"]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record of ``CostMeter``; ``path`` is its file or the run's folder.
+    """Read a record of ``CostMeter``; ``path`` is the file or the run's folder.
 
     Raises:
-        ValueError: There is no record, or an earlier version wrote it.
+        ValueError: If there is no record, or an earlier version wrote it.
     """
     path = path / "result.json" if path.is_dir() else path
     try:
@@ -93,12 +93,12 @@ def compare(
     """Costs of runs in one unit.
 
     Args:
-        records: By name.
-        unit: The record whose plain step is the unit. Without it all plain steps have to be the same.
-        metric: What is compared; lower is better.
+        records: Records by name.
+        unit: The record whose plain step is the unit. Without it all plain steps must be the same.
+        metric: Name of the metric that is compared; lower is better.
 
     Raises:
-        ValueError: Without a unit, runs have different plain steps; or the unit has no plain step.
+        ValueError: If runs have different plain steps and no unit is given, or the unit has no plain step.
     """
     priced = {name: record for name, record in records.items() if record["plain_step_flops"]}
     if unit is None:
@@ -125,7 +125,9 @@ def compare(
 
 
 def cost_at(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Cost at which a curve of (cost, loss) first falls to ``loss``, linear in the logarithm of cost.
+    """Cost at which a curve of (cost, loss), interpolated linearly in log cost, first falls to ``loss``.
+
+    It is None if no two points of the curve enclose the loss.
 
     Example:
         >>> cost_at([(100.0, 3.0), (400.0, 2.0)], 2.5)
@@ -142,7 +144,7 @@ def cost_at(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
 
 
 def saving(run: ComparedRun, runs: Sequence[ComparedRun]) -> str:
-    """What a run saved at equal loss against the baselines among ``runs``, in words; empty if nothing can be said."""
+    """The saving of a run at equal loss against the baselines among ``runs``, as text; empty if it is undefined."""
     by_steps: dict[int, list[tuple[float, float]]] = {}
     for other in runs:
         if other.baseline and other.cost is not None and other.loss is not None:
@@ -162,7 +164,7 @@ def saving(run: ComparedRun, runs: Sequence[ComparedRun]) -> str:
 
 
 def table(runs: Sequence[ComparedRun], metric: str) -> Table:
-    """A row for each run."""
+    """A table with a row for each run."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("run", "steps", metric, "cost in plain steps", "FLOPs", "saved at equal loss"):
         shown.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
@@ -176,7 +178,7 @@ def table(runs: Sequence[ComparedRun], metric: str) -> Table:
 
 
 def notes(runs: Sequence[ComparedRun]) -> list[str]:
-    """What a reader of the table has to know."""
+    """Notes and warnings to print below the table."""
     told = [f"{run.name} has no cost: {run.record.get('no_plain_step')}" for run in runs if run.cost is None]
     by = {kind: [run.name for run in runs if run.record["prices"] == kind] for kind in ("replay", "run")}
     if all(by.values()):
@@ -191,7 +193,7 @@ def notes(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """A short name for each run: its folder's, with as much before it as is needed to tell them apart.
+    """A short name for each run: its folder's, with as many parent folders as are needed to make it unique.
 
     Example:
         >>> names_of([Path("runs/a/result.json"), Path("runs/b/result.json")])
@@ -208,7 +210,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the table; 2 if the runs cannot be compared."""
+    """Print the table; the exit status is 2 if the runs cannot be compared."""
     summary, _, rest = str(__doc__).partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m lit_scale.cost.compare",
@@ -217,8 +219,8 @@ def main(args: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="FILE", help="result.json of a run, or its folder")
-    parser.add_argument("--unit", type=Path, metavar="FILE", help="whose plain step is the unit, if they differ")
-    parser.add_argument("--metric", default="val/loss", help="what is compared; lower is better (val/loss)")
+    parser.add_argument("--unit", type=Path, metavar="FILE", help="run whose plain step is the unit, if they differ")
+    parser.add_argument("--metric", default="val/loss", help="metric to compare; lower is better (default: val/loss)")
     options = parser.parse_args(args)
     try:
         records = dict(zip(names_of(options.runs), map(read, options.runs), strict=True))

@@ -1,4 +1,4 @@
-"""The ledger of a run: how many steps of each kind it made, what one of each costs, and what was charged on top."""
+"""The ledger of a run: number and price of its steps by kind, and the charges that belong to no step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lightning.pytorch import Trainer
 
 __all__ = ["Key", "Ledger"]
 
-#: The kind of a step: what decides its cost, as (name, value) pairs, the phase (train, validate) first. What a
-#: technique says of it has the technique's name in front: ``token_dropping/kept``.
+#: The kind of a step, which decides its cost: (name, value) pairs, with the phase (train, validate) first. Entries of a
+#: technique are prefixed with its name: ``token_dropping/kept``.
 Key = tuple[tuple[str, Any], ...]
 
-_COMMON = ("phase", "samples", "tokens", "update", "plain", "batch")  # of every kind; the rest comes from techniques
-_FORM = 2  # of the state
-_WARM = 2  # first timings of a kind that do not count: allocation, caches
+_COMMON = ("phase", "samples", "tokens", "update", "plain", "batch")  # in every kind; other entries are techniques'
+_FORM = 2  # version of the state's format
+_WARM = 2  # number of first timings of a kind that are ignored: allocation, caches
 
 
 class Ledger:
-    """Counts of steps by kind, in all and by stage, with the prices of the kinds.
+    """Counts of steps by kind, for the run and by stage, with the prices of the kinds.
 
-    A *stage* is the time during which the techniques' part of the kind stays the same; the *curve* has a point for
-    each validation, with the counts at that moment, so that it can be priced when all prices are known.
+    A *stage* comprises the training steps with equal entries of the techniques in their kind. The *curve* has a point
+    for each validation, with the counts at that time, so that it can be priced when all prices are known.
 
     Example:
         >>> ledger, key = Ledger(), (("phase", "train"), ("samples", 4), ("tokens", 64), ("update", True))
@@ -39,20 +39,20 @@ class Ledger:
     def __init__(self) -> None:
         self.counts: dict[Key, int] = {}
         self.flops: dict[Key, int] = {}
-        self.skipped: dict[Key, int] = {}  # FLOPs that only a kernel for sparse matrices would leave out, if any
-        self.timings: dict[Key, list[float]] = {}  # in-run seconds of a step
-        self.waits: dict[Key, list[float]] = {}  # in-run seconds of waiting for a batch
-        self.calibrated: dict[Key, float] = {}  # seconds by replay, at the end
-        self.charges: dict[str, tuple[int, float, int]] = {}  # how often, how many seconds and FLOPs
+        self.skipped: dict[Key, int] = {}  # FLOPs of a step that only kernels for sparse matrices would save, if any
+        self.timings: dict[Key, list[float]] = {}  # seconds of steps, measured during the run
+        self.waits: dict[Key, list[float]] = {}  # seconds of waiting for a batch, measured during the run
+        self.calibrated: dict[Key, float] = {}  # seconds of a step, measured by replay after training
+        self.charges: dict[str, tuple[int, float, int]] = {}  # count, seconds and FLOPs, by name
         self.stages: list[dict[str, Any]] = []
         self.curve: list[dict[str, Any]] = []
-        self._stage: dict[str, Any] = {}  # the one at work
-        self._others: list[dict[str, Any]] = []  # tallies of the other ranks, at the end
+        self._stage: dict[str, Any] = {}  # the current stage
+        self._others: list[dict[str, Any]] = []  # counts of the other ranks, after exchange
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
     def count(self, key: Key, step: int) -> None:
-        """One more step of a kind; ``step`` is the optimizer step, for the beginning of a stage."""
+        """Count a step of a kind; ``step`` is the optimizer step, stored as the first of a new stage."""
         self.counts[key] = self.counts.get(key, 0) + 1
         if key[0] != ("phase", "train"):
             return
@@ -64,12 +64,12 @@ class Ledger:
         self._stage["counts"][key] = self._stage["counts"].get(key, 0) + 1
 
     def charge(self, what: str, seconds: float, flops: int = 0) -> None:
-        """Add an overhead."""
+        """Add a charge."""
         times, total, more = self.charges.get(what, (0, 0.0, 0))
         self.charges[what] = (times + 1, total + seconds, more + flops)
 
     def add_point(self, step: int, metrics: dict[str, float], clocks: dict[str, float]) -> None:
-        """Add a validation to the curve, unless that step has one, and to the stage at work."""
+        """Add a validation to the curve, unless there is one for that step, and to the current stage."""
         self._stage["metrics"] = metrics
         if not self.curve or self.curve[-1]["step"] != step:
             counts = {"counts": list(self.counts.items()), "charged": self.charged}
@@ -79,23 +79,23 @@ class Ledger:
 
     @property
     def charged(self) -> tuple[float, int]:
-        """Overheads so far: seconds and FLOPs."""
+        """Sum of the charges so far: seconds and FLOPs."""
         charges = self.charges.values()
         return sum(seconds for _, seconds, _ in charges), sum(flops for _, _, flops in charges)
 
     def seconds_each(self, key: Key) -> float:
-        """Price of one step of a kind: calibrated, else the in-run median; plus the median wait for its batch."""
+        """Seconds of a step of a kind: by replay, else the median during the run; plus the median wait for a batch."""
         timings = self.timings.get(key, [])
         timed = timings[_WARM:] or timings
         step = self.calibrated.get(key) or (statistics.median(timed) if timed else 0.0)
         waits = self.waits.get(key, [])
-        if key not in self.counts:  # a plain step that is only priced would have waited for the same batches
+        if key not in self.counts:  # a plain step that was only replayed: use the waits of steps with such batches
             batch = dict(key).get("batch")
             waits = [wait for other, own in self.waits.items() if dict(other).get("batch") == batch for wait in own]
         return step + (statistics.median(waits) if waits else 0.0)
 
     def price(self, counts: Mapping[Key, int], phase: str = "train") -> dict[str, Any]:
-        """Sums over the step kinds of one phase; overheads not included."""
+        """Sums over the kinds of step of one phase, without charges."""
         ranks = 1 + len(self._others)
         own = [(key, dict(key), n) for key, n in counts.items() if dict(key)["phase"] == phase]
         return {
@@ -107,13 +107,13 @@ class Ledger:
         }
 
     def totals(self) -> dict[str, Any]:
-        """Steps, samples, tokens, FLOPs and reference seconds of the run so far, overheads included."""
+        """Steps, samples, tokens, FLOPs and reference seconds of the run so far, charges included."""
         return _with_charges(self.price(self._all_ranks(self.counts)), self.charged)
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 
     def exchange(self, trainer: Trainer) -> None:
-        """Learn what the other ranks counted; they may have met other shapes of batches."""
+        """Gather the counts of the other ranks, which may have had batches of other shapes."""
         tally = {
             "counts": self.counts,
             "stages": [stage["counts"] for stage in self.stages],
@@ -129,11 +129,11 @@ class Ledger:
                 mine.update({key: value for key, value in theirs.items() if key not in mine})
 
     def forget_ranks(self) -> None:
-        """Count for this rank alone again, when training goes on."""
+        """Discard the counts of other ranks, before training continues."""
         self._others = []
 
     def _all_ranks(self, counts: Mapping[Key, int], part: str = "", index: int = 0) -> Mapping[Key, int]:
-        """Counts of this rank with those of the others: of the run, or of a stage or point of the curve."""
+        """Sum over the ranks of the counts of the run, or of a stage or a point of the curve."""
         total = Counter(counts)
         for other in self._others:
             parts = other.get(part, [])
@@ -159,11 +159,11 @@ class Ledger:
 
     @staticmethod
     def reads(state_dict: Mapping[str, Any]) -> bool:
-        """Whether :meth:`load_state_dict` can; earlier versions told steps apart by other names."""
+        """Whether :meth:`load_state_dict` can read a state; earlier versions used other names in the kinds."""
         return state_dict.get("form") == _FORM
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint stood."""
+        """Restore the counts and prices of a checkpoint."""
         self.counts, self.flops = dict(state_dict["counts"]), dict(state_dict["flops"])
         self.skipped = dict(state_dict["skipped"])
         self.timings, self.waits = dict(state_dict["timings"]), dict(state_dict["waits"])
@@ -173,13 +173,13 @@ class Ledger:
         self._stage = self.stages[-1] if self.stages else {}
 
     def plain_step(self) -> Key | None:
-        """The kind of the plain step, the most frequent one if the run made several; None if it has no price."""
+        """The kind of the plain step, the most frequent one if there are several; None if none has a price."""
         kinds = {**dict.fromkeys(self.calibrated, 0), **self.counts}
         plain = [key for key in kinds if _is_plain_step(dict(key)) and self.seconds_each(key) > 0]
         return max(plain, key=lambda key: kinds[key], default=None)
 
     def in_plain_steps(self) -> dict[str, Any]:
-        """The plain step's price, and the cost of the run in plain steps; without one, why there is none."""
+        """The plain step's price, and the cost of the run in plain steps; or the reason why there is none."""
         key = self.plain_step()
         if key is None:
             reason = "the run made no plain step, and its techniques cannot say what one would be"
@@ -195,7 +195,7 @@ class Ledger:
         }
 
     def record(self) -> dict[str, Any]:
-        """Totals, curve, stages, step kinds and charges, priced."""
+        """Totals, curve, stages, kinds of step and charges, with prices."""
         curve, charges = [], self.charges
         for index, point in enumerate(self.curve):
             cost = _with_charges(self.price(self._all_ranks(dict(point["counts"]), "curve", index)), point["charged"])
@@ -204,7 +204,7 @@ class Ledger:
         if self.skipped:
             skipped = sum(n * self.skipped.get(key, 0) for key, n in counts.items())
             totals["sparse_flops"] = totals["flops"] - skipped
-        unmade = {key: 0 for key in self.calibrated if key not in counts}  # a plain step that is only priced
+        unmade = {key: 0 for key in self.calibrated if key not in counts}  # a plain step that was only replayed
         trained = [key for key in counts if dict(key)["phase"] == "train"]
         return {
             **totals,
@@ -232,7 +232,7 @@ class Ledger:
 
 
 def _is_plain_step(kind: Mapping[str, Any]) -> bool:
-    """Whether a kind is a whole training step without any technique."""
+    """Whether a kind is a training step without any technique that includes the optimizer's update."""
     return bool(kind["phase"] == "train" and kind["plain"] and kind["update"])
 
 

@@ -1,13 +1,12 @@
-"""The clock: what a run costs in FLOPs and in reference seconds, whatever the machine did meanwhile.
+"""The clock: the cost of a run in FLOPs and in reference seconds, which do not depend on the load of the machine.
 
-    reference seconds = sum over step kinds (count x calibrated median seconds) + charged overheads
+    reference seconds = sum over kinds of step (count x median seconds of a replayed step) + charges
 
-Steps are told apart by their *kind*: batch sizes, tokens, and whatever the techniques say decides the cost (active
-blocks, frozen blocks...). FLOPs of a kind are counted once, by torch's FlopCounterMode. Its seconds are measured when
-training has ended, by replaying every kind in turn, several rounds, and taking medians: interleaved, so that a noisy
-second hits all kinds alike and decides nothing; the step without any technique is among them even where the run made
-none, so that prices have a common unit (Kaddour et al. 2023 call a fixed price per step Reference System Time,
-section 3; theirs was a table made by hand).
+Steps of equal cost have the same *kind*: the sizes of the batch and the entries of each technique, such as the number
+of active blocks. FLOPs of a kind are counted once, by torch's FlopCounterMode. Its seconds are measured after training:
+all kinds are replayed in turn for several rounds, and the median is taken. Because the kinds alternate, disturbances of
+the machine affect all of them alike. The step without any technique is replayed even if the run made none, so that runs
+have a common unit. (Kaddour et al. 2023, section 3, call a fixed price per step Reference System Time.)
 """
 
 from __future__ import annotations
@@ -38,45 +37,46 @@ from lit_scale.trainers import callbacks_of
 
 __all__ = ["CostMeter", "charge", "charge_run", "resident_peak"]
 
-_SAMPLES = 32  # in-run timings kept per step kind; after that a step costs a dictionary look-up
-_REPLAYED = 32  # step kinds that are replayed, the most frequent ones; the others keep their in-run medians
+_SAMPLES = 32  # steps of a kind that are timed during the run; for later ones the meter only looks up a dictionary
+_REPLAYED = 32  # largest number of kinds that are replayed, the most frequent ones; others keep their in-run medians
 
 
 class CostMeter(Callback):
     """Counts steps by kind, prices the kinds, and writes ``result.json`` into the run's root folder.
 
-    The headline cost is that of training steps and of what techniques charge (growth, recompiles); validation is
-    counted apart, and the replay at the end is not counted at all: weights, optimizer, random state and metrics are
-    put back bit for bit. Where a step cannot be replayed (several processes, manual optimization, a step that fails
-    out of its loop) the price of a kind is the median of its timings during the run.
+    The cost of a run is that of its training steps and of charges (growth, recompiles). Validation is counted
+    separately. The replay after training is not counted; weights, optimizer, random state and metrics are restored bit
+    for bit. If steps cannot be replayed (several processes, manual optimization, a step that fails outside of the loop)
+    the price of a kind is the median of its timings during the run.
 
-    With several processes steps are those of each rank; samples, tokens, FLOPs and the counts of steps are sums over
-    the ranks, and reference seconds their mean, which is what the run takes. Resumed, every rank goes on from the
-    counts of rank 0.
+    With several processes, ``steps`` are those of one rank; samples, tokens, FLOPs and the counts of ``step_kinds`` are
+    sums over ranks, and reference seconds are the mean. When a run is resumed, every rank continues from the counts of
+    rank 0.
 
-    Reference seconds of two runs that were made at different hours do not compare: the price of a step is that of its
-    hour. Their costs in *plain steps* do, since all step kinds of a run are timed in turn: ``plain_step_seconds`` is
-    the run's own price of a step without any technique, and ``cost_in_plain_steps`` its reference seconds, charges
-    included, in that unit. The record also holds ``plain_step_flops``, which tell whether two runs have the same plain
-    step. A run without a plain step, whose techniques cannot say what one would be, has None there and the reason in
-    ``no_plain_step``. ``prices`` says whether kinds were timed by replay (``"replay"``) or whether some have the
-    medians of the run's own timings (``"run"``), which other work on the machine can distort. ``python -m
-    lit_scale.cost.compare`` sets the records of several runs side by side.
+    Reference seconds of two runs that were made at different times cannot be compared, because the speed of the machine
+    may differ. Costs in *plain steps* can, since all kinds of a run are timed in turn. In the record,
+    ``plain_step_seconds`` is the run's price of a step without any technique, and ``cost_in_plain_steps`` its reference
+    seconds, charges included, in that unit. ``plain_step_flops`` shows whether two runs have the same plain step. If
+    the run made no plain step and its techniques cannot replay one, these are None and ``no_plain_step`` is the reason.
+    ``prices`` is ``"replay"`` if all kinds were timed by replay, and ``"run"`` if some prices are medians during the
+    run, which other work on the machine can distort. ``python -m lit_scale.cost.compare`` compares the records of
+    several runs.
 
-    The meter is made for few step kinds, each met often. Batches padded to ever new lengths are new kinds, each
-    counted and timed anew: pad them to a few lengths. On a GPU a step is timed alone, between two synchronisations.
-    While steps are replayed, the module's and other callbacks' hooks around backward and optimizer step are called too.
+    The meter is meant for runs with few kinds of step. Batches padded to many different lengths are many kinds, each
+    of which is counted and timed; pad them to a few lengths instead. On a GPU each timed step is synchronized. During
+    the replay the hooks of the module and of callbacks around backward and the optimizer step are called too.
 
     Args:
         recipe: Name of the recipe, for the record.
-        technique: Name of the technique, for the record; what techniques log as ``their_name/...`` is left out of it.
+        technique: Name of the technique, for the record; by default the names of the run's techniques. Metrics that
+            techniques log as ``their_name/...`` are not recorded.
         baseline: Whether this run is the one without the technique.
-        repeats: Timed rounds over all step kinds; 0 keeps the in-run medians.
+        repeats: Timed rounds over all kinds of step; 0 keeps the medians during the run.
         filename: Name of the result file inside ``trainer.default_root_dir``.
         extra: More entries for the record, e.g. the command.
 
     Raises:
-        ValueError: If ``repeats`` is negative, or a technique follows the meter in ``callbacks``.
+        ValueError: If ``repeats`` is negative; in ``setup``, if a technique comes after the meter in ``callbacks``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -101,27 +101,27 @@ class CostMeter(Callback):
         self.recipe, self.technique, self.baseline = recipe, technique, baseline
         self.repeats, self.filename, self.extra = repeats, filename, extra or {}
         self.ledger = Ledger()
-        self._spent = {"wall": 0.0, "cpu": 0.0}  # by earlier parts of a resumed run
+        self._spent = {"wall": 0.0, "cpu": 0.0}  # seconds of earlier parts of a resumed run
         self._begun: dict[str, float] = {}
         self._peak = 0
         self._state = 0  # bytes of optimizer state
-        self._batches: dict[str, Any] = {}  # one for each shape of batch, for the replay
+        self._batches: dict[str, Any] = {}  # one batch of each shape, for the replay
         self._replaying = False
-        # the current step
+        # of the current step
         self._current: Key | None = None
         self._counting: ExitStack | None = None
         self._timed = False
         self._start = self._end = 0.0
-        self._aside = 0.0  # seconds charged since then: neither the step's nor its wait
+        self._aside = 0.0  # seconds charged since then, which belong neither to the step nor to its wait
         self._compiles = 0
 
     # -- step kinds ---------------------------------------------------------------------------------------------------
 
     def samples_and_tokens(self, batch: Any) -> tuple[int, int]:
-        """Samples and tokens of a batch; override for batches whose first tensor is neither ids nor samples.
+        """Number of samples and tokens of a batch; override it for batches for which this rule does not hold.
 
-        The samples are the first axis of the first tensor; the tokens, its elements if it holds integers in two axes
-        (token ids, padding included), else one per sample.
+        The number of samples is the length of the first axis of the first tensor. If that tensor holds integers in two
+        axes (token ids), the number of tokens is its number of elements, padding included; else it is one per sample.
         """
         first = next(tensors(batch), None)
         if first is None or first.ndim == 0:
@@ -141,7 +141,7 @@ class CostMeter(Callback):
     # -- counting -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an order of callbacks in which a technique would change the step after it was counted."""
+        """Refuse a technique that comes after the meter: it would change steps after they are counted."""
         order = [c for c in callbacks_of(trainer, Callback) if isinstance(c, Technique | CostMeter)]
         if stage == "fit" and isinstance(order[-1], Technique):
             raise ValueError(f"callbacks: put CostMeter behind {type(order[-1]).__name__}, whose steps it counts")
@@ -154,7 +154,7 @@ class CostMeter(Callback):
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the step under its kind; the first of a kind has its FLOPs counted too."""
+        """Count the step by its kind; for the first step of a kind, count FLOPs too."""
         full = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         key = self._key(trainer, "train", batch, full or bool(trainer.is_last_batch))
         if len(self._batches) < _REPLAYED:
@@ -162,24 +162,24 @@ class CostMeter(Callback):
         self._begin(trainer, pl_module, key, batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take the step's time while its kind is new."""
+        """Record the time of the step, for the first steps of a kind."""
         self._finish(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count forward-only steps apart."""
-        self._end = 0.0  # the time since the last training step is no waiting for data
+        """Count validation steps separately."""
+        self._end = 0.0  # the time since the last training step is not a wait for data
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._begin(trainer, pl_module, self._key(trainer, "validate", batch, False), batch)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take the step's time while its kind is new."""
+        """Record the time of the step, for the first steps of a kind."""
         self._finish(trainer)
         self._end = 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add a point to the validation curve; after ``fit``, a ``validate`` completes the record."""
+        """Add a point to the validation curve; a ``validate`` after ``fit`` also writes the record again."""
         after = trainer.state.fn == "validate" and not self._begun
         if trainer.sanity_checking or not self.ledger.counts or not (after or trainer.state.fn == "fit"):
             return
@@ -212,9 +212,9 @@ class CostMeter(Callback):
         self._start = time.perf_counter()
 
     def _count_flops(self, key: Key) -> None:
-        """Count those of the step that begins now."""
+        """Start to count the FLOPs of the current step."""
         self._counting = ExitStack()
-        if "torch._dynamo" in sys.modules:  # functions may be compiled, which would hide their operations
+        if "torch._dynamo" in sys.modules:  # compiled functions would hide their operations from the counter
             self._counting.enter_context(torch.compiler.set_stance("force_eager"))
         counter = self._counting.enter_context(FlopCounterMode(display=False))
         self._counting.callback(lambda: self.ledger.flops.update({key: int(counter.get_total_flops())}))
@@ -243,7 +243,7 @@ class CostMeter(Callback):
         self._end, self._aside = time.perf_counter(), 0.0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no counting mode behind."""
+        """Stop counting FLOPs."""
         if self._counting is not None:
             self._counting.close()
             self._counting = None
@@ -251,13 +251,13 @@ class CostMeter(Callback):
     # -- pricing ------------------------------------------------------------------------------------------------------
 
     def charge(self, what: str, seconds: float) -> None:
-        """Add to the overheads of the run, as :func:`charge` does."""
+        """Add a charge to the run, as :func:`charge` does."""
         self._aside += seconds
         if not self._replaying:
             self.ledger.charge(what, seconds)
 
     def totals(self) -> dict[str, Any]:
-        """Steps, samples, tokens, FLOPs and reference seconds of the run so far, overheads included."""
+        """Steps, samples, tokens, FLOPs and reference seconds of the run so far, charges included."""
         return self.ledger.totals()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -309,9 +309,10 @@ class CostMeter(Callback):
         self.ledger.calibrated = {key: statistics.median(seconds) for key, seconds in times.items()}
 
     def _plain_key(self, keys: list[Key], present: list[Technique]) -> Key | None:
-        """The plain form of the most frequent step, if the run made no plain step and its techniques have one.
+        """The kind of the plain step to replay, if the run made none and all of its techniques can make one.
 
-        What a technique that has ended does to a batch cannot be undone: such a step is one without it.
+        It is derived from the most frequent kind. Techniques that are plain at the end of training keep their entries,
+        and only kinds with these entries are considered, because the batches of others were changed by the technique.
         """
         updates = [key for key in keys if dict(key)["update"]]
         if any(dict(key)["plain"] for key in updates):
@@ -331,7 +332,7 @@ class CostMeter(Callback):
     # -- state and record ---------------------------------------------------------------------------------------------
 
     def _elapsed(self) -> dict[str, float]:
-        """Wall and CPU seconds of training, in this process and those before it."""
+        """Wall and CPU seconds of training, in this process and in earlier parts of a resumed run."""
         now = _clocks() if self._begun else {}
         return {name: spent + (now[name] - self._begun[name] if now else 0.0) for name, spent in self._spent.items()}
 
@@ -340,7 +341,7 @@ class CostMeter(Callback):
         return self.ledger.state_dict() | {"spent": self._elapsed(), "peak": max(self._peak, _peak_memory())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint stood."""
+        """Restore the counts of a checkpoint."""
         if not Ledger.reads(state_dict):
             rank_zero_warn(
                 "CostMeter: the checkpoint was written by an earlier version, whose counts cannot be read; the cost is "
@@ -355,7 +356,7 @@ class CostMeter(Callback):
         check_techniques(trainer, checkpoint)
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Everything about the run, as plain values."""
+        """The record of the run, as plain values."""
         seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "recipe": self.recipe,
@@ -376,7 +377,7 @@ class CostMeter(Callback):
         }
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> Path:
-        """Write the record beside the run's checkpoints, in one piece."""
+        """Write the record into ``trainer.default_root_dir``, on rank 0; return its path."""
         path = Path(trainer.default_root_dir) / self.filename
         if trainer.is_global_zero:
             write_json(path, self.record(trainer, pl_module))
@@ -385,10 +386,10 @@ class CostMeter(Callback):
 
 @contextmanager
 def charge(trainer: Trainer, what: str) -> Iterator[None]:
-    """Charge the time spent inside to the run's CostMeter, if it has one, under the name ``what``.
+    """Charge the time spent inside the context to the run's CostMeter, if it has one, under the name ``what``.
 
-    For rare work, such as a growth: what every step does belongs to the step, whose price is calibrated. Time charged
-    inside a step is not counted again as the step's.
+    Use it for rare work, such as growth; work of every step is part of the step's price. Time that is charged inside a
+    step is not counted in the step.
     """
     meters = callbacks_of(trainer, CostMeter)
     if meters:
@@ -401,16 +402,16 @@ def charge(trainer: Trainer, what: str) -> Iterator[None]:
 
 
 def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bool:
-    """Charge an earlier run, which this one builds on, to the run's CostMeter: seconds and FLOPs, on all clocks.
+    """Charge the cost of an earlier run that this one depends on: reference seconds, FLOPs, and wall and CPU seconds.
 
     Args:
-        trainer: The Trainer, once its CostMeter's state is that of the run it goes on with.
-        what: The name of the charge; one that the run already has is not charged again.
-        checkpoint: The earlier run's, with the state of its own CostMeter. Of several processes it knows the FLOPs of
-            the first.
+        trainer: The Trainer; if the run is resumed, after its CostMeter's state is restored.
+        what: The name of the charge. If the run already has a charge of that name, nothing is charged.
+        checkpoint: Checkpoint of the earlier run, with the state of its CostMeter. If that run had several processes,
+            only the FLOPs of rank 0 are known.
 
     Returns:
-        Whether the checkpoint holds the cost of its run, in the format of this version.
+        Whether the checkpoint holds a cost in the format of this version.
     """
     state = checkpoint.get("callbacks", {}).get(CostMeter.__qualname__)
     if state is None or not Ledger.reads(state):
@@ -426,12 +427,12 @@ def charge_run(trainer: Trainer, what: str, checkpoint: Mapping[str, Any]) -> bo
 
 
 def _named(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """A technique's part of a step kind, under its name: ``token_dropping/kept``."""
+    """A technique's entries of a step kind, prefixed with its name: ``token_dropping/kept``."""
     return {f"{technique.name}/{name}": value for name, value in kind.items()}
 
 
 def _own(technique: Technique, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a step kind is the technique's, as it said it."""
+    """The technique's entries of a step kind, without the prefix."""
     prefix = f"{technique.name}/"
     return {name.removeprefix(prefix): value for name, value in kind.items() if name.startswith(prefix)}
 
@@ -442,7 +443,7 @@ def _synchronize() -> None:
 
 
 def _compiles() -> int:
-    """How many frames Dynamo has compiled in this process."""
+    """Number of frames that Dynamo has compiled in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else dynamo.counters["frames"]["ok"]
 
@@ -452,14 +453,14 @@ def _clocks() -> dict[str, float]:
 
 
 def resident_peak() -> int:
-    """Bytes of memory this process has held at most, without those on a device."""
+    """Largest resident set of this process so far, in bytes; device memory is not included."""
     status = Path("/proc/self/status")
     told = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
-    if told:  # Linux's ru_maxrss begins at what the process that started this one held
+    if told:  # preferred on Linux, where ru_maxrss starts at the size of the parent process
         return 1024 * int(told[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _peak_memory() -> int:
-    """Device memory if there is a device, else the process's largest resident set; in bytes."""
+    """Peak of the device memory if there is a device, else of the process's resident set, in bytes."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else resident_peak()

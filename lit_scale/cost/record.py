@@ -1,4 +1,4 @@
-"""What stands beside a measurement: versions, the machine, and a result file that is never half written."""
+"""Data that is stored with a measurement: package versions and hardware; and an atomic writer for result files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["hardware", "versions", "write_json"]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """Versions of Python and of the packages that affect a result."""
     found = {"python": platform.python_version()}
     for package in ("torch", "lightning", "timm", "torchmetrics", "lit-scale"):
         try:
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine a result was measured on: processor, its cores, the threads torch uses, and any GPUs."""
+    """The machine of a measurement: processor, number of cores, torch's number of threads, and GPUs."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -40,7 +40,7 @@ def hardware() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON beside ``path`` and move it there, so that a reader never sees half of it."""
+    """Write ``value`` as JSON to a temporary file and rename it to ``path``, so that the file is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:

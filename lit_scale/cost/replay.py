@@ -1,4 +1,4 @@
-"""Steps outside of the loop: repeated to be timed, or run once more to count the FLOPs of compiled code."""
+"""Steps outside of the training loop: replayed to be timed, or run once more to count the FLOPs of compiled code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["flops_of", "is_compiled", "replay_step"]
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether some part of a network went through ``torch.compile`` or ``Module.compile``."""
+    """Whether some part of a network was compiled by ``torch.compile`` or ``Module.compile``."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:  # not even imported
         return False
@@ -26,10 +26,10 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def replay_step(trainer: Trainer, pl_module: LightningModule, batch: Any, update: bool) -> None:
-    """One training step as Lightning's automatic optimization does it, outside of the loop.
+    """Make one training step like Lightning's automatic optimization, outside of the training loop.
 
     Args:
-        trainer: The Trainer, whose strategy and precision do the work.
+        trainer: The Trainer, whose strategy and precision plugin are used.
         pl_module: Its module.
         batch: The batch, on the device.
         update: Whether the optimizer steps, or gradients only accumulate.
@@ -50,10 +50,10 @@ def replay_step(trainer: Trainer, pl_module: LightningModule, batch: Any, update
 
 
 def flops_of(trainer: Trainer, pl_module: LightningModule, batch: Any, phase: str) -> int:
-    """FLOPs of a step in a network whose compiled parts hide them: forward, and backward in training, once more.
+    """Count the FLOPs of a step of a compiled network, by running it once more without compilation.
 
-    The extra pass is eager, leaves gradients alone and never talks to other ranks. What the optimizer multiplies is
-    not in it.
+    The extra pass is a forward pass, and in training a backward pass too. It does not change gradients and does not
+    communicate with other ranks. FLOPs of the optimizer are not included.
     """
     training = phase == "train"
     step: Any = pl_module.training_step if training else pl_module.validation_step
@@ -72,5 +72,5 @@ def flops_of(trainer: Trainer, pl_module: LightningModule, batch: Any, phase: st
 
 
 def _arguments(step: Any, batch: Any) -> tuple[Any, ...]:
-    """``batch_idx`` is optional in Lightning's steps."""
+    """Arguments of a step: ``batch_idx`` is optional in Lightning."""
     return (batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)

@@ -1,6 +1,6 @@
-"""What reaches into any model or run, one part for each factor of a run's cost.
+"""Modules that change models and runs, at least one for each factor of a run's cost.
 
     steps x samples x tokens x blocks x weights x bytes
 
-A part knows how to lower its factor; a callback decides when and how much.
+A module can lower its factor in any network or run; a callback decides when and by how much.
 """

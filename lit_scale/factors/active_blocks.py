@@ -1,8 +1,8 @@
-"""Active blocks: the base of techniques that let only some of a network's blocks run.
+"""Active blocks: the base class of techniques that run only some of a network's blocks.
 
-The network is built at full depth, and its list of blocks is gated (:mod:`lit_scale.factors.blocks`). A technique says
-which blocks run; this base lets them run in the model and in the averages of its weights, keeps DistributedDataParallel
-in step with them, and reports the step kind.
+The network is built at full depth, and its list of blocks is gated (:mod:`lit_scale.factors.blocks`). A technique
+chooses which blocks run. This class activates them in the model and in averages of its weights, rebuilds the wrapper of
+DistributedDataParallel when they change, and reports the step kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ActiveBlocks"]
 
 
 class ActiveBlocks(Technique):
-    """A technique that lets some of the blocks run.
+    """A technique that runs some of the blocks.
 
     A subclass calls :meth:`activate` from :meth:`~lit_scale.technique.Technique.decide`. It may start shallow
     (:meth:`first_blocks`) and deepen the network by copies (:meth:`copy_blocks`). Blocks that do not run keep their
@@ -31,22 +31,23 @@ class ActiveBlocks(Technique):
 
     There are two ways to change the active blocks:
 
-    - *For good* (the default), as where a network grows. The active blocks are part of the checkpoint, validation runs
-      at that depth, and DDP is wrapped anew at each change.
-    - *For one optimizer step* (``for_one_step = True``), as where layers are dropped at random. Between two batches all
-      blocks run, so validation and checkpoints are those of the plain network. DDP then needs
+    - *Permanently* (the default), for networks that grow. The active blocks are stored in the checkpoint, validation
+      runs at that depth, and the DDP wrapper is rebuilt at each change.
+    - *For one optimizer step* (``for_one_step = True``), for example to drop layers at random. Between batches all
+      blocks are active, so validation and checkpoints are those of the plain network. DDP then needs
       ``find_unused_parameters``.
 
-    Under DDP all ranks must choose the same blocks: choose by the seed and ``trainer.global_step``, not by the rank.
+    Under DDP all ranks must choose the same blocks, so the choice must not depend on the rank: derive it from the seed
+    and ``trainer.global_step``.
 
     Args:
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Attributes:
         stack: The blocks, from ``setup`` on.
 
     Raises:
-        ValueError: In ``setup``, if the list of blocks is not found, or for options of DDP that do not fit.
+        ValueError: In ``setup``, if the list of blocks is not found, or for unsuitable options of DDP.
 
     Example:
         >>> class TopBlockLater(ActiveBlocks):
@@ -63,26 +64,26 @@ class ActiveBlocks(Technique):
     for_one_step: ClassVar[bool] = False
 
     stack: BlockStack
-    _begins = False  # a new run, and not the rest of another
-    _chosen: tuple[int, ...] = ()  # the blocks of the current optimizer step
-    _seen: Mapping[int, tuple[int, ...]] = {}  # by their number, the latest blocks that were active
+    _begins = False  # whether this is a new run, not a resumed one
+    _chosen: tuple[int, ...] = ()  # the active blocks of the current optimizer step
+    _seen: Mapping[int, tuple[int, ...]] = {}  # the blocks that were active last, by their number
 
     def __init__(self, blocks: str | None = None) -> None:
         self.blocks = blocks
-        self._paused: list[nn.Parameter] = []  # kept from DDP while their block does not run
+        self._paused: list[nn.Parameter] = []  # parameters of inactive blocks, hidden from DDP by requires_grad=False
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         """The argument."""
         return {"blocks": self.blocks}
 
     def first_blocks(self) -> Iterable[int]:
-        """Indices of the blocks that run when a new run begins; all by default."""
+        """Indices of the blocks that are active when a new run begins; all by default."""
         return range(len(self.stack))
 
     def check_ddp(self, options: Mapping[str, Any]) -> None:
-        """Refuse keyword arguments of DistributedDataParallel that do not fit, before anything is changed."""
+        """Refuse unsuitable keyword arguments of DistributedDataParallel, before anything is changed."""
         name = type(self).__name__
         if options.get("static_graph"):
             raise ValueError(f"{name} changes the graph; use DDPStrategy(static_graph=False)")
@@ -92,13 +93,13 @@ class ActiveBlocks(Technique):
             )
 
     def blocks_of_kind(self, count: int) -> Iterable[int]:
-        """The blocks that run where the clock prices ``count`` of them: the latest that did, or else the lowest."""
+        """The blocks that the clock activates to time a step of ``count`` blocks: the latest, or else the lowest."""
         return self._seen.get(count, range(count))
 
     # -- what a subclass uses -----------------------------------------------------------------------------------------
 
     def activate(self, trainer: Trainer, pl_module: LightningModule, indices: Iterable[int]) -> None:
-        """Let only these blocks run from now on; under DDP wrap the model anew if that changes them.
+        """Run only these blocks from now on; under DDP, rebuild the wrapper if they change.
 
         Args:
             trainer: The Trainer, once training has started.
@@ -112,12 +113,12 @@ class ActiveBlocks(Technique):
             self._share_gradients(trainer, pl_module)
 
     def copy_blocks(self, trainer: Trainer, sources: Mapping[int, int], moments: MomentRule = "copy") -> None:
-        """Copy blocks onto others: weights, averages of weights, optimizer state, and what other techniques keep.
+        """Copy blocks onto others: weights, averages of weights, optimizer state, and state of other techniques.
 
         Args:
             trainer: The Trainer.
-            sources: Target to source, indices into all blocks.
-            moments: What becomes of the optimizer state; see :func:`lit_scale.factors.optimizers.transfer_state`.
+            sources: A dict from target to source, both indices into all blocks.
+            moments: How optimizer state is transferred; see :func:`lit_scale.factors.optimizers.transfer_state`.
         """
         pairs = []
         for target, source in sources.items():
@@ -131,7 +132,7 @@ class ActiveBlocks(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the blocks; a new run starts with the first ones, a checkpoint brings its own."""
+        """Find the blocks; activate the first ones in a new run. A checkpoint restores its own later."""
         super().setup(trainer, pl_module, stage)
         self.stack = find_blocks(pl_module, self.blocks)
         if stage != "fit":
@@ -144,33 +145,33 @@ class ActiveBlocks(Technique):
             self._show(trainer, self.first_blocks())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with the blocks that the checkpoint brought."""
+        """Keep the active blocks that the checkpoint restored."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._begins = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Activate the blocks also in the averages, and wrap DDP; a checkpoint is in place only now."""
+        """Activate the blocks in the averages too, and rebuild DDP; checkpoints are loaded only by now."""
         self.undo_later(self._resume_parameters)
         self._chosen = ()
         self.activate(trainer, pl_module, self.first_blocks() if self._begins else self.stack.active)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide and log; then let the blocks of this optimizer step run, where they are chosen for one step."""
+        """Decide and log; then, with ``for_one_step``, activate the blocks of this optimizer step."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.for_one_step:
             self._show(trainer, self._chosen)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Let all blocks run between two batches, where they are chosen for one step."""
+        """With ``for_one_step``, activate all blocks between two batches."""
         if self.for_one_step:
             self._show(trainer, range(len(self.stack)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Undo what :meth:`undo_later` was given; the blocks stay, since the clock still replays steps."""
+        """Revert registered changes, but keep the active blocks, since the clock still replays steps."""
         self.undo()
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a plain model behind, but for blocks that are inactive for good."""
+        """Restore the plain model; blocks that are inactive permanently stay so."""
         super().detach(trainer, pl_module)
         if hasattr(self, "stack"):
             if self.for_one_step:
@@ -180,31 +181,34 @@ class ActiveBlocks(Technique):
     # -- the blocks ---------------------------------------------------------------------------------------------------
 
     def _averages(self, trainer: Trainer) -> list[BlockStack]:
-        """The same blocks in the averages of weights that Lightning's callbacks keep."""
+        """The lists of blocks in the averages of weights that Lightning's callbacks keep."""
         return [find_blocks(model, self.stack.path) for model in averages(trainer)]
 
     def _show(self, trainer: Trainer, indices: Iterable[int]) -> None:
-        """Let these blocks run in the model; in the averages too, where that is for good."""
+        """Activate these blocks in the model and, unless it is for one step, in the averages."""
         indices = tuple(indices)
         for stack in [self.stack, *([] if self.for_one_step else self._averages(trainer))]:
             stack.activate(indices)
         self._seen = {**self._seen, len(self.stack.active): self.stack.active}
 
     def _share_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Under DDP, wrap anew with exactly the parameters that now train; otherwise ranks wait or drift apart."""
+        """Under DDP, rebuild the wrapper with exactly the parameters that now train.
+
+        Otherwise ranks would wait for gradients that never come, or would not average new ones.
+        """
         if not isinstance(trainer.strategy, DDPStrategy):
             return
         self._resume_parameters()
         names = list(self.stack.container._modules)
         hidden = tuple(f"{self.stack.path}.{names[i]}." for i in set(range(len(names))) - set(self.stack.active))
         named = list(pl_module.named_parameters(remove_duplicate=False))
-        shared = {id(p) for name, p in named if not name.startswith(hidden)}  # with what runs, so it goes on training
+        shared = {id(p) for name, p in named if not name.startswith(hidden)}  # parameters that active parts use too
         self._paused = [p for name, p in named if name.startswith(hidden) and p.requires_grad and id(p) not in shared]
         for parameter in self._paused:
             parameter.requires_grad_(False)
         pl_module.zero_grad(set_to_none=True)  # gradients may be views into the old wrapper's buckets
         trainer.strategy.model = trainer.strategy.model.module  # type: ignore[union-attr, assignment]
-        gc.collect()  # the old reducer's hooks live as long as it does
+        gc.collect()  # frees the old reducer, whose hooks would still fire
         trainer.strategy.configure_ddp()
 
     def _resume_parameters(self) -> None:
@@ -215,11 +219,11 @@ class ActiveBlocks(Technique):
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """All blocks run, in the latest step where they are chosen for one."""
+        """Whether all blocks run; with ``for_one_step``, in the latest step."""
         return len(self._chosen if self.for_one_step else self.stack.active) == len(self.stack)
 
     def step_kind(self) -> dict[str, Any]:
-        """The number of active blocks, which cost the same since they are alike."""
+        """The number of active blocks; all blocks have the same cost."""
         return {"blocks": len(self.stack.active)}
 
     def plain_step_kind(self) -> dict[str, Any] | None:
@@ -227,5 +231,5 @@ class ActiveBlocks(Technique):
         return {"blocks": len(self.stack)}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Let as many blocks run, without copying anything."""
+        """Activate as many blocks as in a step of this kind, without copying weights."""
         self._show(trainer, self.blocks_of_kind(kind["blocks"]))

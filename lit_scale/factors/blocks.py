@@ -1,11 +1,12 @@
 """Blocks: find the repeated blocks of any network and choose which of them run.
 
-The network is never rebuilt: the list that holds the blocks is *gated*, so that iterating over it, indexing, slicing
-and ``len`` see only the active blocks. Parameter names and shapes stay as they are, a skipped block has no gradient,
-and the gated network computes what a network of only those blocks would. Which blocks are active travels inside the
-``state_dict``, under a key of its own below the path of the list, while some are switched off; with all of them active
-the ``state_dict`` is the plain network's. So a checkpoint from the middle of a run either evaluates at the depth it was
-trained to, or is refused by torch's own strict loading; it is never read as something it is not.
+The network is not rebuilt. The list that holds the blocks is *gated*: iterating over it, indexing, slicing and ``len``
+see only the active blocks. Names and shapes of parameters do not change, an inactive block gets no gradient, and the
+gated network computes the same as a network of the active blocks only.
+
+While some blocks are inactive, the ``state_dict`` has an additional key below the path of the list that names the
+active ones. With all blocks active it is the ``state_dict`` of the plain network. So a checkpoint from the middle of a
+run is either evaluated at the depth it was trained to, or refused by torch's strict loading.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from lit_scale.wrapping import replace
 
 __all__ = ["BlockList", "BlockStack", "block_lists", "count_blocks", "find_blocks"]
 
-# Read in torch's "Unexpected key(s)", where a plain network is given the state_dict of a partly active one.
-# Only the first two words are the format; the rest may be worded anew.
+# Shown in torch's "Unexpected key(s)" when a plain network loads the state_dict of a partly active one.
+# Only the first two words are part of the format; the rest may change.
 _MARK = "active blocks"
 _KEY = f"{_MARK}: resume with the technique that chose them, or call lit_scale's find_blocks on the model first"
 
 
 class _Gate(nn.Module):
-    """Mixin over a ModuleList or Sequential that shows only the active ones of its children."""
+    """Mixin for a ModuleList or Sequential that shows only its active children."""
 
-    _active: tuple[int, ...] | None = None  # None: all, and the list may still grow
+    _active: tuple[int, ...] | None = None  # None: all are active, and more may be appended
 
     def _shown(self) -> list[nn.Module]:
         children = cast(list[nn.Module], list(self._modules.values()))
@@ -63,8 +64,8 @@ class _Gate(nn.Module):
             raise RuntimeError("some of these blocks are switched off; activate all of them before adding more")
         super().add_module(name, module)
 
-    # What runs the children by ``children()`` must see the active ones (gradient checkpointing in torch and timm);
-    # what torch itself does to all children through it must reach the hidden ones too.
+    # Code that runs the children through ``children()``, such as gradient checkpointing in torch and timm, must see the
+    # active ones only. torch's own methods that use it to reach all children must reach the hidden ones too.
 
     def children(self) -> Iterator[nn.Module]:
         return iter(self._shown())
@@ -104,7 +105,7 @@ _gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _gated(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of a gated list; made at run time for a foreign one, so pickle needs its recipe."""
+    """The gated form of a list class; it is made at run time, so ``__reduce__`` tells pickle how to make it."""
     if issubclass(plain, _Gate):
         return plain
     if plain not in _gated_classes:
@@ -119,12 +120,12 @@ def _new_gated(plain: type[nn.Module]) -> nn.Module:
 
 
 class BlockList(_Gate, nn.ModuleList):
-    """A ``ModuleList`` that can be gated from the start, so that ``load_from_checkpoint`` alone restores its depth."""
+    """A ``ModuleList`` that is gated from construction, so that ``load_from_checkpoint`` restores its active blocks."""
 
 
 @dataclass
 class BlockStack:
-    """The repeated blocks of a network, all of them, in order; some of them active.
+    """All repeated blocks of a network, in order, of which some or all are active.
 
     Attributes:
         path: Dotted path of the list inside the network.
@@ -156,13 +157,13 @@ class BlockStack:
         return len(self.container._modules)
 
     def activate(self, indices: Iterable[int]) -> None:
-        """Let only these blocks run; parameters of the others keep their values and get no gradient.
+        """Run only these blocks; parameters of the others keep their values and get no gradient.
 
         Args:
             indices: Indices into all blocks, at least one.
 
         Raises:
-            ValueError: If there is none, or one that the network does not have.
+            ValueError: If ``indices`` is empty or names a block that the network does not have.
         """
         chosen = tuple(sorted(set(indices)))
         if not chosen or chosen[0] < 0 or chosen[-1] >= len(self):
@@ -171,17 +172,17 @@ class BlockStack:
         self.container._active = None if len(chosen) == len(self) else chosen  # type: ignore[assignment]
 
     def release(self) -> None:
-        """Give a foreign list its own class back if all of its blocks are active; otherwise leave it gated."""
+        """Restore the original class of the list if all of its blocks are active; otherwise keep it gated."""
         plain = getattr(type(self.container), "_plain", None)
         if plain is not None and len(self.active) == len(self):
             self.container.__class__ = plain
             self.container.__dict__.pop("_active", None)
 
     def copy(self, source: int, target: int) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Copy to all parameters and buffers of a block those of another.
+        """Copy all parameters and buffers of one block to another.
 
         Returns:
-            The pairs (source, target) of parameters, for those who keep more state per parameter.
+            Pairs (source, target) of parameters, so that callers can copy other per-parameter state.
         """
         one, other = self.blocks[source], self.blocks[target]
         buffers = dict(one.named_buffers())
@@ -192,13 +193,13 @@ class BlockStack:
                 buffer.copy_(buffers[name])
             for a, b in pairs:
                 b.copy_(a)
-        return [(a, b) for a, b in pairs if a is not b]  # some models share parameters between their blocks
+        return [(a, b) for a, b in pairs if a is not b]  # without parameters that blocks share
 
     def cut(self, index: int) -> Callable[[], None]:
-        """Let no gradient flow from a block down, into the blocks below it and what feeds them.
+        """Stop the gradient at the input of a block, so that nothing below it is trained.
 
         Returns:
-            A function that lets it flow again.
+            A function that removes the stop.
         """
         block = self.blocks[index]
         return replace(block, "forward", partial(_cut_forward, block.forward))
@@ -209,18 +210,18 @@ class BlockStack:
 
 
 def _cut_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Forward of a block through which no gradient flows down."""
+    """Forward of a block whose inputs are detached."""
     args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
     return forward(*args, **kwargs)
 
 
 def count_blocks(depth: int | float, total: int, what: str = "depth") -> int:
-    """A depth in blocks, given as such (int) or as a fraction of all (float).
+    """Convert a depth, a number of blocks (int) or a fraction of all (float), to a number of blocks.
 
     Args:
         depth: The depth.
-        total: All blocks of the network.
-        what: The argument's name, for the message.
+        total: Number of blocks of the network.
+        what: The argument's name, for the error message.
 
     Raises:
         ValueError: It is not a whole number of blocks.
@@ -239,7 +240,10 @@ def count_blocks(depth: int | float, total: int, what: str = "depth") -> int:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """At least two children of one class, with equal names and shapes of parameters; the first may have more (T5)."""
+    """Whether a list has at least two children of one class whose parameters agree in name and shape.
+
+    The first child may have additional parameters, as in T5.
+    """
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module._modules) < 2:
         return False
     blocks = list(module._modules.values())
@@ -250,7 +254,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _candidates(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Stacks of blocks with parts of their own, outermost only: experts inside a block are part of the block."""
+    """Outermost stacks whose blocks have submodules, with their paths; experts inside a block belong to the block."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         if _is_stack(child) and any(True for block in child.children() for _ in block.children()):
@@ -260,7 +264,7 @@ def _candidates(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def block_lists(model: nn.Module) -> list[nn.Module]:
-    """All lists of repeated blocks in a network, outermost ones only; none, one, or several."""
+    """All lists of repeated blocks in a network, outermost ones only; the result may be empty."""
     return list({id(part): part for _, part in _candidates(model)}.values())
 
 
@@ -274,19 +278,19 @@ def find_blocks(model: nn.Module, path: str | None = None) -> BlockStack:
     """Find the one list of repeated blocks in a network, or take the one at ``path``.
 
     A stack is a ``ModuleList`` or ``Sequential`` of at least two children of one class whose parameters agree in name
-    and shape, but that the first may have more, as in T5. Without a path it is sought among those whose blocks have
-    parts of their own, and not inside of blocks.
+    and shape; the first child may have additional ones, as in T5. Without ``path``, only stacks whose blocks have
+    submodules count, and stacks inside blocks are ignored.
 
     Args:
-        model: Any network; a LightningModule around one will do.
+        model: Any network, or a LightningModule that contains one.
         path: Dotted path of the list, needed when the network has none or several (T5, Swin).
 
     Returns:
-        The stack, gated, with all blocks active unless some had been switched off before.
+        The stack, gated, with all blocks active unless some were inactive before.
 
     Raises:
-        ValueError: If ``path`` leads nowhere or not to blocks that are alike, or if without it none or several fit;
-            the message names the candidates.
+        ValueError: If there is no stack at ``path``, or if without a path none or several are found; the message
+            lists the candidates.
 
     Example:
         >>> import timm

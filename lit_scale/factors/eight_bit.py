@@ -1,7 +1,7 @@
-"""8-bit optimizer state (Dettmers et al., ICLR 2022): moments in one byte each, with a scale for every 256 of them.
+"""8-bit optimizer state (Dettmers et al., ICLR 2022): each moment is one byte, with a scale for every 256 moments.
 
-The optimizers are bitsandbytes'. What it calls LAMB and LARS is not on offer: its 8-bit kernel has neither trust ratio,
-so they are Adam and SGD under other names. ``lamb8bit`` is LAMB's own update on bitsandbytes' 8-bit moments.
+The optimizers are those of bitsandbytes, except for its LAMB and LARS: their 8-bit kernels do not apply the trust
+ratio, so they are in fact Adam and SGD. ``lamb8bit`` is LAMB's update, computed from bitsandbytes' 8-bit moments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 __all__ = ["EIGHT_BIT", "embedding_weights", "make_eight_bit", "to_eight_bit"]
 
-#: Our names, and the classes of bitsandbytes whose moments they keep.
+#: Names of 8-bit optimizers, and the classes of bitsandbytes that keep their moments.
 EIGHT_BIT = {
     "adam8bit": "Adam8bit",
     "adamw8bit": "AdamW8bit",
@@ -30,7 +30,7 @@ EIGHT_BIT = {
     "rmsprop8bit": "RMSprop8bit",
     "sgd8bit": "SGD8bit",
 }
-#: What takes the place of an optimizer of this class, and the options that then must be off, or on.
+#: By class name: the 8-bit optimizer that replaces it, and options that must have the value the 8-bit form has.
 _SAME: dict[str, tuple[str, tuple[str, ...]]] = {
     "Adam": ("adam8bit", ("amsgrad", "maximize", "weight_decay")),  # torch adds the decay to the gradient
     "AdamW": ("adamw8bit", ("amsgrad", "maximize")),
@@ -41,24 +41,24 @@ _SAME: dict[str, tuple[str, tuple[str, ...]]] = {
     "Lion": ("lion8bit", ("caution", "corrected_weight_decay", "maximize")),
     "SGD": ("sgd8bit", ("nesterov", "dampening", "maximize")),
 }
-#: Those that must be on.
+#: Options among these that must be on; the others must be off.
 _ON = frozenset({"bias_correction", "grad_averaging"})
 
 
 def embedding_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of the embedding tables, also where an output layer shares them.
+    """Weights of the embedding tables, including those that an output layer shares.
 
-    Their gradients are rows that differ in size by orders of magnitude, which one scale for 256 values does not suit;
-    the paper keeps their state in 32 bits (section 2.3).
+    The rows of their gradients differ in size by orders of magnitude, so one scale for 256 values is too coarse; the
+    paper keeps their state in 32 bits (section 2.3).
     """
     tables = [part.weight for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
     return cast(list[nn.Parameter], tables)
 
 
 class _FullPrecision:
-    """Mixin over bitsandbytes' optimizers: chosen parameters keep their state in 32 bits.
+    """Mixin for bitsandbytes' optimizers: chosen parameters keep their state in 32 bits.
 
-    bitsandbytes' own way is a table for the whole process, by ``id`` of the parameter, which outlives both.
+    bitsandbytes' own mechanism is a global table by ``id`` of the parameter, which outlives optimizer and parameter.
     """
 
     full_precision: frozenset[nn.Parameter] = frozenset()
@@ -71,10 +71,10 @@ class _FullPrecision:
 
 
 class _Lamb:
-    """Mixin over Adam with 8-bit moments: the layer-wise adaptation of LAMB (You et al. 2020, algorithm 2).
+    """Mixin for Adam with 8-bit moments: the layer-wise adaptation of LAMB (You et al. 2020, algorithm 2).
 
     r = m / (sqrt(v) + eps);  w <- w - lr |w| / |r + decay w| (r + decay w), after clipping the gradient to norm 1.
-    Parameters without decay are not adapted, as in timm's.
+    Parameters without weight decay are not adapted, as in timm's Lamb.
     """
 
     param_groups: list[dict[str, Any]]
@@ -89,7 +89,8 @@ class _Lamb:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.max_grad_norm is not None and gradients:
             self._shrink = (nn.utils.get_total_norm(gradients) / self.max_grad_norm).clamp_(min=1.0)
-        # not with torch's hooks around it, which it has once a plain Adam8bit was made; they are around this step
+        # torch wraps the base class's step in its hooks once a plain Adam8bit was made; unwrap it, since the same hooks
+        # are already around this step
         base = inspect.unwrap(super().step.__func__, stop=lambda method: not hasattr(method, "hooked"))  # type: ignore[misc]
         base(self)
         return loss
@@ -99,7 +100,7 @@ class _Lamb:
         weight, gradient, decay = p.detach().clone(), p.grad, group["weight_decay"]
         assert gradient is not None
         p.grad = gradient / self._shrink
-        p.zero_()  # so that what Adam's kernel leaves there is its step alone, with nothing lost to rounding
+        p.zero_()  # so that Adam's kernel leaves its update there, without loss to rounding
         super().update_step(group | {"lr": 1.0, "weight_decay": 0.0}, p, gindex, pindex)  # type: ignore[misc]
         update = p.detach().neg().add_(weight, alpha=decay)
         if decay or group.get("always_adapt", False):
@@ -111,7 +112,7 @@ class _Lamb:
 
 @functools.cache
 def _kind(name: str) -> Any:
-    # on some processors it asks at import for a package that only 4-bit inference needs
+    # on some processors its import logs a warning about a package that only 4-bit inference needs
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes.optim
 
@@ -123,16 +124,17 @@ def _kind(name: str) -> Any:
 def make_eight_bit(
     name: str, groups: Iterable[dict[str, Any]], *, full_precision: Collection[nn.Parameter] = (), **options: Any
 ) -> Optimizer:
-    """An optimizer with 8-bit state.
+    """Make an optimizer with 8-bit state.
 
     Args:
         name: One of :data:`EIGHT_BIT`.
-        groups: Groups of parameters, on the device where they will be trained.
-        full_precision: Parameters that keep 32-bit state; those of fewer than 4096 elements always do.
-        **options: Passed to the class; ``min_8bit_size`` is that number.
+        groups: Parameter groups, on the device on which they are trained.
+        full_precision: Parameters whose state stays in 32 bits. Parameters with fewer than ``min_8bit_size`` elements
+            (bitsandbytes' default: 4096) always keep 32-bit state.
+        **options: Arguments of the optimizer's class, such as ``min_8bit_size``.
 
     Raises:
-        ValueError: bitsandbytes is not there, or has no 8-bit update for the device of the parameters.
+        ValueError: If bitsandbytes is missing, or has no 8-bit update for the device of the parameters.
 
     Example:
         >>> net = nn.Linear(128, 64)
@@ -166,7 +168,7 @@ def make_eight_bit(
 
 
 def _try_out(kind: Any, device: torch.device) -> None:
-    """One step on a parameter of that device: which backends have a kernel is nowhere to be looked up."""
+    """Make one step on a parameter of that device: bitsandbytes does not list which devices have a kernel."""
     if device.type == "meta":
         raise ValueError("the parameters are on the meta device")
     parameter = nn.Parameter(torch.zeros(256, device=device))
@@ -183,14 +185,14 @@ def _version() -> str:
 
 
 def to_eight_bit(optimizer: Optimizer, full_precision: Collection[nn.Parameter] = ()) -> Optimizer:
-    """The 8-bit form of an optimizer that has not made a step yet: the same groups, rates, decays and betas.
+    """The 8-bit form of an optimizer that has not made a step yet, with the same groups, rates, decays and betas.
 
     Args:
-        optimizer: torch's Adam, AdamW or SGD with momentum, timm's Lamb or Lion.
+        optimizer: torch's Adam without weight decay, AdamW or SGD with momentum, or timm's Lamb or Lion.
         full_precision: Parameters that keep 32-bit state.
 
     Raises:
-        ValueError: There is no 8-bit form that makes the same update.
+        ValueError: If there is no 8-bit form that makes the same update.
 
     Example:
         >>> net = nn.Linear(128, 64)
@@ -214,7 +216,7 @@ def to_eight_bit(optimizer: Optimizer, full_precision: Collection[nn.Parameter] 
         raise ValueError("SGD without momentum has no state that 8 bits could make smaller")
     groups = []
     for group in optimizer.param_groups:
-        own = {key: value for key, value in group.items() if key not in optimizer.defaults}  # a scheduler's too
+        own = {key: value for key, value in group.items() if key not in optimizer.defaults}  # including a scheduler's
         own |= {key: group[key] for key in ("lr", "weight_decay", "always_adapt") if key in group}
         own |= {key: group[key] for key in ("betas", "eps") if key in group}
         if "momentum" in group:

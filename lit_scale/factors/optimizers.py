@@ -1,4 +1,4 @@
-"""Optimizers: construction by name, another in a run's own place, and moving state from parameter to parameter."""
+"""Optimizers: make them by name, replace or rescale those of a run, and copy state between parameters."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ def create_optimizer(
 ) -> Optimizer:
     """Make an optimizer by name, with weight decay on matrices only.
 
-    Biases, norms and other parameters of at most one dimension go into a group without decay (Devlin et al. 2019,
-    reference code), and ``"lamb"`` and ``"lars"`` do not adapt their rate to their length (You et al. 2017, 2020).
+    Biases, norms, other parameters of at most one dimension, and those that a timm model lists in ``no_weight_decay``
+    go into a group without decay (Devlin et al. 2019, reference code). ``"lamb"`` and ``"lars"`` do not adapt the rates
+    of that group (You et al. 2017, 2020).
 
     - ``"adamw"``, ``"adam"``, ``"sgd"`` (Nesterov, momentum 0.9) are torch's.
     - ``"lamb"``, ``"lars"``, ``"lion"`` and all other names of ``timm.optim.list_optimizers()`` are timm's.
-    - ``"muon"`` (timm's; momentum 0.95, Nesterov) makes the updates of hidden matrices, those inside the repeated
-      blocks, orthogonal (Jordan et al. 2024); all else, embeddings and output layers too, takes AdamW's, with timm's
-      Nesterov momentum. Rates are on AdamW's scale.
+    - ``"muon"`` (timm's; momentum 0.95, Nesterov) orthogonalizes the updates of hidden matrices, those inside the
+      repeated blocks (Jordan et al. 2024). All other parameters, including embeddings and output layers, get AdamW's
+      update with timm's Nesterov momentum. Rates are on AdamW's scale.
     - ``"adamw8bit"``, ``"lion8bit"``, ``"lamb8bit"``, ``"adam8bit"``, ``"ademamix8bit"`` and, with decay added to the
       gradient, ``"sgd8bit"``, ``"rmsprop8bit"``, ``"adagrad8bit"`` keep 8-bit state
-      (:mod:`lit_scale.factors.eight_bit`), in 32 bits for embeddings and for tensors of fewer than 4096 elements.
+      (:mod:`lit_scale.factors.eight_bit`); it stays in 32 bits for embeddings and for tensors of fewer than 4096
+      elements.
 
     Args:
-        module: Whose parameters are trained, on the device where they will be.
-        name: The name.
+        module: The module whose parameters are trained, on the device on which they are trained.
+        name: Name of the optimizer.
         lr: Learning rate.
-        weight_decay: Weight decay.
-        **kwargs: Passed to the optimizer's class, e.g. ``betas=(0.9, 0.98)``.
+        weight_decay: Weight decay of the matrices.
+        **kwargs: Arguments of the optimizer's class, e.g. ``betas=(0.9, 0.98)``.
 
     Raises:
         ValueError: If the name is unknown (the message lists all), or the device has no 8-bit update.
@@ -61,8 +63,8 @@ def create_optimizer(
         [(0.0, 1), (0.1, 1)]
     """
     if name in ("adam", "adamw"):
-        kwargs.setdefault("fused", True)  # torch's fused kernel, on CPU too: one pass over small tensors
-    if name == "adamw":  # not through timm, whose import takes longer than all else before the first step
+        kwargs.setdefault("fused", True)  # torch's fused kernel, also on CPUs: one pass over many small tensors
+    if name == "adamw":  # not through timm, whose import is slow
         return torch.optim.AdamW(_decay_groups(module, weight_decay), lr=lr, **kwargs)
     if name in EIGHT_BIT:
         groups = _adapted(module, weight_decay) if name == "lamb8bit" else _decay_groups(module, weight_decay)
@@ -87,8 +89,8 @@ Groups = list[dict[str, Any]]
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> Groups:
-    """What does not decay and what does, each if there is any."""
-    exempt: Callable[[], Collection[str]] = getattr(module, "no_weight_decay", tuple)  # of timm's models
+    """A group of the parameters that do not decay and one of those that do, without empty groups."""
+    exempt: Callable[[], Collection[str]] = getattr(module, "no_weight_decay", tuple)  # timm's models have this method
     names = set(exempt())
     groups: dict[float, list[nn.Parameter]] = {0.0: [], weight_decay: []}
     for key, parameter in module.named_parameters():
@@ -99,7 +101,7 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> Groups:
 
 
 def _adapted(module: nn.Module, weight_decay: float) -> Groups:
-    """The same, adapting matrices also where nothing decays: LAMB without decay would be Adam."""
+    """The same groups, with matrices adapted even if weight decay is 0: LAMB without adaptation would be Adam."""
     split = _decay_groups(module, weight_decay or 1.0)
     return [
         {"params": group["params"], "weight_decay": decay and weight_decay, "always_adapt": decay > 0}
@@ -109,7 +111,7 @@ def _adapted(module: nn.Module, weight_decay: float) -> Groups:
 
 
 def _hidden_and_rest(module: nn.Module, groups: Groups) -> Groups:
-    """Each group in two: hidden matrices, and what keeps to AdamW."""
+    """Split each group in two: hidden matrices, and parameters that AdamW updates."""
     hidden = hidden_matrices(module)
     parts = [
         {**group, "params": [p for p in group["params"] if (p in hidden) == chosen], "use_fallback": not chosen}
@@ -120,7 +122,7 @@ def _hidden_and_rest(module: nn.Module, groups: Groups) -> Groups:
 
 
 def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters of two and more dimensions inside the repeated blocks; without blocks, all but the embeddings'."""
+    """Parameters of two or more dimensions inside the repeated blocks; without blocks, all except embeddings."""
     stacks = block_lists(module)
     tables = set(embedding_weights(module))
     inside = [p for stack in stacks for p in stack.parameters()] or list(module.parameters())
@@ -128,7 +130,7 @@ def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
 
 
 def state_bytes(optimizers: Iterable[Optimizer]) -> int:
-    """Bytes of the state that optimizers keep, tables that parameters share counted once.
+    """Bytes of the state that optimizers keep; tensors that parameters share are counted once.
 
     Example:
         >>> net = nn.Linear(8, 8); optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -146,13 +148,13 @@ def state_bytes(optimizers: Iterable[Optimizer]) -> int:
 
 
 def replace_optimizers(trainer: Trainer, make: Callable[[Optimizer], Optimizer]) -> None:
-    """Put another optimizer in the place of each that the module has configured; schedulers go on with the new one.
+    """Replace each optimizer that the module has configured; schedulers then act on the new one.
 
-    For ``on_fit_start``, before any state is restored.
+    Call it in ``on_fit_start``, before optimizer state is restored.
 
     Args:
         trainer: The Trainer.
-        make: Gets an optimizer and returns the one to use, with as many groups of the same parameters.
+        make: Returns the new optimizer for an optimizer, with the same number of groups and the same parameters.
     """
     replaced = {optimizer: make(optimizer) for optimizer in trainer.optimizers}
     trainer.strategy.optimizers = [replaced[optimizer] for optimizer in trainer.optimizers]
@@ -164,13 +166,13 @@ def replace_optimizers(trainer: Trainer, make: Callable[[Optimizer], Optimizer])
 
 
 def run_schedulers(trainer: Trainer) -> Iterator[Any]:
-    """The schedulers of a run, and those that one of them is made of."""
+    """The schedulers of a run, including the parts of sequential and chained ones."""
     for config in trainer.lr_scheduler_configs:
         yield from (config.scheduler, *getattr(config.scheduler, "_schedulers", ()))
 
 
 def _mark_steps(optimizer: Optimizer) -> None:
-    """What a scheduler does to the optimizer it is made for: note that steps are made, which it warns of if not."""
+    """Record that steps are made, as a scheduler's constructor does; without it the scheduler would warn."""
     step = type(optimizer).step
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -182,16 +184,16 @@ def _mark_steps(optimizer: Optimizer) -> None:
 
 
 def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[], None]:
-    """Scale the learning rates around each step, so that no scheduler ever sees the scaled values.
+    """Scale the learning rates during each step only, so that schedulers never see the scaled values.
 
-    Several scales on one optimizer multiply; a step that its optimizer makes inside another one is not scaled again.
+    Several scales on one optimizer multiply. A step that is made inside another step is not scaled again.
 
     Args:
-        optimizer: Whose rates.
-        factor: Asked before each step.
+        optimizer: The optimizer.
+        factor: Returns the factor; called before each step.
 
     Returns:
-        Ends it, also where an exception in the middle of a step left the rates scaled.
+        A function that ends the scaling; it also restores the rates if an exception left them scaled.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(1)); optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -201,7 +203,7 @@ def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[
         (-0.4000000059604645, 0.1)
     """
     kept: list[tuple[dict[str, Any], Any]] = []
-    depth = 0  # of steps: torch's hooks are around a subclass's own and around its base's, where that has had objects
+    depth = 0  # of nested steps: torch's hooks may be around a subclass's step and around that of its base class
 
     def scale(*_: Any) -> None:
         nonlocal depth
@@ -225,7 +227,7 @@ def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[
     before, after = optimizer.register_step_pre_hook(scale), optimizer.register_step_post_hook(restore)
     hooks = optimizer._optimizer_step_post_hooks
     others = [(key, hooks.pop(key)) for key in list(hooks) if key != after.id]
-    hooks.update(others)  # the last to scale is the first to restore
+    hooks.update(others)  # run this hook first: the last scale to be applied is the first to be removed
 
     def end() -> None:
         nonlocal depth
@@ -241,7 +243,7 @@ def scale_rates(optimizer: Optimizer, factor: Callable[[], float]) -> Callable[[
 
 
 def _counts_per_group(optimizer: Optimizer) -> bool:
-    """Whether the step counter lives in the groups (timm's LAMB) instead of beside the moments."""
+    """Whether the step counter is kept per group (timm's LAMB) instead of per parameter."""
     return any("step" in group for group in optimizer.param_groups)
 
 
@@ -256,17 +258,17 @@ def _zeroed(value: Any) -> Any:
 def transfer_state(
     optimizers: Iterable[Optimizer], pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], rule: MomentRule = "copy"
 ) -> None:
-    """Give the target of each pair the optimizer state of its source, by parameter and not by position.
+    """Copy the optimizer state of the source of each pair to its target.
 
     Works for every optimizer that keeps its state in ``optimizer.state[parameter]``: all of torch, timm and
-    bitsandbytes, whose 8-bit moments and their scales are copied as they are.
+    bitsandbytes. 8-bit moments and their scales are copied without conversion.
 
     Args:
-        optimizers: The optimizers of the run; each takes the pairs that it owns.
-        pairs: (source, target) parameters of equal shape.
-        rule: ``"copy"`` clones moments and step; ``"copy_step0"`` clones the moments and sets the step to 0, so that
-            bias correction starts anew (Gong et al. 2019, reference code with ``--double-optimizer``); ``"reset"``
-            forgets the state of every parameter, old ones too (ibid., the default there).
+        optimizers: The optimizers of the run.
+        pairs: (source, target) parameters of equal shape. A pair whose source has no state in an optimizer is skipped.
+        rule: ``"copy"`` clones moments and step counter. ``"copy_step0"`` clones the moments and sets the counter to 0,
+            so that bias correction starts again (Gong et al. 2019, reference code with ``--double-optimizer``).
+            ``"reset"`` discards the state of all parameters, old ones included (the default of that code).
 
     Raises:
         ValueError: For ``"copy_step0"`` with an optimizer that counts its steps per group.

@@ -1,7 +1,7 @@
-"""Samples: training steps on part of a batch.
+"""Samples: the base class of techniques that train on part of a batch.
 
-A module whose samples can be chosen has one more method, ``per_sample_loss(batch) -> (B,)``, and its ``training_step``
-returns the mean of these losses.
+The module must have a method ``per_sample_loss(batch) -> (B,)``, and its ``training_step`` must return the mean of
+these losses.
 """
 
 from __future__ import annotations
@@ -44,59 +44,51 @@ that returns them; add one, and let training_step return its mean:
 
 
 class SampleChoice(Technique):
-    """A technique that trains on part of each batch.
+    """A technique that trains on part of the samples of a batch.
 
-    A subclass defines the training step (:meth:`train`). Where the loader takes a plan, the subclass may also request
-    larger batches to choose from (:meth:`samples`). All ranks train on the same number of samples. Random choices are a
-    function of (seed, rank, batch counter).
+    A subclass defines what a training step does with its batch (:meth:`train`). For loaders that take a plan it can
+    also define how many samples a batch has (:meth:`samples`). All ranks train the same number of samples. Random
+    choices are a function of (seed, rank, batch counter).
 
     Raises:
-        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message shows how to write one. With the
-            first batch, if losses have to be weighted and ``training_step`` does not call ``per_sample_loss``.
-
-    Example:
-        >>> from lit_scale.batches import count_samples, take_samples
-        >>> class FirstHalf(SampleChoice):
-        ...     def train(self, trainer, pl_module, step, batch):
-        ...         return step(take_samples(batch, slice(0, count_samples(batch) // 2)))
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(max_steps=1_000, callbacks=[FirstHalf()], accelerator="cpu", logger=False)
+        ValueError: In ``setup``, if the module has no ``per_sample_loss``; the message shows an example. At the first
+            batch, if losses are to be weighted and the module's ``training_step`` does not call ``per_sample_loss``.
     """
 
     factor = "samples"
-    weighs = False  # whether some steps weight the losses, so that every step has to call per_sample_loss
-    trained = (0, False)  # samples of the latest training step, and whether their losses were weighted
-    _loader: Any = None  # a loader that takes a plan
-    _ended = False  # training has ended, and steps are only replayed
-    _weights: Tensor | None = None  # of the samples in the current training step, (b,)
-    _asked = False  # whether the training step has called per_sample_loss
+    weighs = False  # whether losses are weighted in some steps; then every step must call per_sample_loss
+    trained = (0, False)  # number of samples that the latest step trained, and whether their losses were weighted
+    _loader: Any = None  # the loader, if it takes a plan
+    _ended = False  # training has ended; steps are only replayed by the clock
+    _weights: Tensor | None = None  # weights of the samples that are being trained, (b,)
+    _asked = False  # whether the current training step has called per_sample_loss
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     @abstractmethod
     def train(self, trainer: Trainer, pl_module: LightningModule, step: Step, batch: Any) -> Any:
-        """Make the training step, and return what the module's own step returns.
+        """Make the training step and return its output.
 
         Args:
             trainer: The Trainer.
             pl_module: Its module.
-            step: The module's own step. Call it once, with a batch of equal size on all ranks.
-            batch: All samples.
+            step: The module's own step; call it once, with the same number of samples on all ranks.
+            batch: The whole batch.
         """
 
     def samples(self, number: int, count: int) -> int:
-        """How many samples the loader takes for a batch.
+        """Number of samples that the loader takes for a batch instead of ``count``.
 
         Args:
-            number: The batch, counted since the run began.
-            count: Samples that the loader takes otherwise.
+            number: Number of the batch since the run began.
+            count: Samples of the batch without the technique.
         """
         return count
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wrap the training step, and ``per_sample_loss`` to weight its losses."""
+        """Wrap the training step."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -123,14 +115,14 @@ class SampleChoice(Technique):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Request other batch sizes from the loader, if it takes a plan."""
+        """Install the plan in a loader that takes one."""
         loader: Any = trainer.train_dataloader
         if type(self).samples is not SampleChoice.samples and getattr(loader, "takes_plan", False):
             self._loader, before = loader, loader.plan
             loader.plan = functools.partial(self._plan, before)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the plan; from now on steps are only replayed."""
+        """Remove the plan from the loader; from now on steps are only replayed."""
         self._ended = True
         if self._loader is not None:
             self._loader.plan = None
@@ -149,21 +141,22 @@ class SampleChoice(Technique):
     # -- what subclasses use ------------------------------------------------------------------------------------------
 
     def number(self, trainer: Trainer) -> int:
-        """The current batch, counted since the run began."""
+        """The number of the current batch since the run began."""
         if self._loader is None:
             return trainer.fit_loop.total_batch_idx
         position = self._loader.state_dict()
         return position["epoch"] * position["length"] + position["batches"] - 1
 
     def generator(self, trainer: Trainer, seed: int) -> torch.Generator:
-        """A generator for this batch's random choices: the same on every device, and after a resume."""
+        """A CPU generator for the current batch, seeded by (seed, rank, batch counter)."""
         counter = trainer.fit_loop.total_batch_idx
         return torch.Generator().manual_seed(derive_seed(seed, trainer.global_rank, counter))
 
     def weighted(self, step: Step, batch: Any, weights: Tensor) -> Any:
-        """The module's own step, with the losses of its samples multiplied by ``weights`` (b,).
+        """Make the module's own step, with the losses of its samples multiplied by ``weights`` (b,).
 
-        For a subclass with ``weighs = True``, which refuses a module that computes its loss in another way.
+        The subclass must set ``weighs = True``, so that a module whose step does not call ``per_sample_loss`` is
+        refused at the first batch.
         """
         self._weights = weights
         try:
@@ -184,7 +177,7 @@ class SampleChoice(Technique):
 
 
 def round_share(share: float, count: int) -> int:
-    """The number of samples in a share of ``count`` samples: rounded, at least one.
+    """A share of ``count`` samples, rounded to a whole number of at least 1.
 
     Example:
         >>> round_share(0.1, 160), round_share(0.1, 3)

@@ -1,6 +1,6 @@
-"""Scores of single samples: their losses, or how much their gradient moves, without training on them.
+"""Scores of single samples: their losses, or the norms of their gradients at the output, without training on them.
 
-A score is of the network without dropout, and leaves no trace: no gradient, no buffer, no log, no random number.
+Scoring passes run without dropout and have no side effects on gradients, buffers, logs or random state.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["check_outputs", "output_gradients", "sample_losses", "watch_outputs"
 
 @contextmanager
 def _scoring(module: nn.Module) -> Iterator[None]:
-    """A forward pass that is no step: without dropout and gradient, and nobody takes notice."""
-    cached = torch.is_autocast_cache_enabled()  # weights that are cast without gradients must not be trained with
-    fused = torch.backends.mha.get_fastpath_enabled()  # torch's own encoder for inference, whose FLOPs nobody can count
+    """A context for forward passes without dropout, gradients and side effects."""
+    cached = torch.is_autocast_cache_enabled()  # a training step must not reuse casts made without gradients
+    fused = torch.backends.mha.get_fastpath_enabled()  # FLOPs of torch's fused encoder for inference cannot be counted
     with unnoticed(module), torch.no_grad():
         module.eval()
         torch.set_autocast_cache_enabled(False)
@@ -39,7 +39,7 @@ def _scoring(module: nn.Module) -> Iterator[None]:
 
 
 def _losses(module: Any, batch: Any) -> Tensor:
-    """The losses of a batch, checked."""
+    """The losses of a batch, (B,), after a check of their shape."""
     losses, count = module.per_sample_loss(batch), count_samples(batch)
     if not isinstance(losses, Tensor) or losses.shape != (count,):
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -51,30 +51,33 @@ def _losses(module: Any, batch: Any) -> Tensor:
 
 
 def sample_losses(module: LightningModule, batch: Any) -> Tensor:
-    """The loss of each sample (B,), from a forward pass without dropout that leaves no trace.
+    """The loss of each sample, (B,), from a forward pass without dropout and side effects.
 
     Args:
-        module: With a method ``per_sample_loss``.
-        batch: On the module's device.
+        module: A module with a method ``per_sample_loss``.
+        batch: A batch on the module's device.
+
+    Raises:
+        ValueError: If ``per_sample_loss`` does not return one loss per sample.
     """
     with _scoring(module):
         return _losses(module, batch)
 
 
 def output_gradients(module: LightningModule, batch: Any, output: str | None = None) -> Tensor:
-    """Norm of each sample's loss gradient at what the network puts out (B,), from one forward pass.
+    """Norm of the gradient of each sample's loss at the network's output, (B,), from one forward pass.
 
-    Everything before the output runs without gradient, so the pass keeps no activations, and there is no backward pass
-    but through the loss itself. For softmax cross-entropy it is ||p - y||. Nothing of it leaves a trace.
+    The network runs without gradient, so no activations are kept; only the loss is differentiated. For softmax
+    cross-entropy the norm is ||p - y||. There are no side effects.
 
     Args:
-        module: With a method ``per_sample_loss``.
-        batch: On the module's device.
-        output: Path of the module that puts out; None takes what is given to the loss, a function of
-            ``torch.nn.functional`` or the logarithm of a softmax.
+        module: A module with a method ``per_sample_loss``.
+        batch: A batch on the module's device.
+        output: Dotted path of the layer whose output is taken; None takes the input of the loss function, which must
+            be one of ``torch.nn.functional`` or ``log_softmax``.
 
     Raises:
-        ValueError: No output was met, or its first axis is not the samples.
+        ValueError: If no output is found, or its first axis is not the samples.
     """
     return _norms(_output_gradients(module, batch, output), count_samples(batch))
 
@@ -100,10 +103,11 @@ def _output_gradients(
 
 
 def check_outputs(module: LightningModule, batch: Any, output: str | None = None) -> None:
-    """Refuse a module whose output is not one for each sample; from two samples of a batch.
+    """Check on two samples of a batch that each sample has its own output.
 
     Raises:
-        ValueError: No output was met, its first axis is not the samples, or a sample's loss depends on another's.
+        ValueError: If no output is found, its first axis is not the samples, or the loss of a sample depends on the
+            output of another.
     """
     few = take_samples(batch, slice(0, 2))
     count = count_samples(few)
@@ -118,19 +122,19 @@ def check_outputs(module: LightningModule, batch: Any, output: str | None = None
 
 @contextmanager
 def watch_outputs(module: LightningModule, count: int, output: str | None = None) -> Iterator[list[Tensor]]:
-    """Collect the same scores from a training step, up to a common factor, on its own way forward and backward.
+    """Collect the scores of :func:`output_gradients`, up to a common factor, from a training step.
 
     Args:
-        module: Whose ``training_step`` runs inside.
-        count: Samples of its batch.
+        module: The module whose ``training_step`` runs inside the context.
+        count: Number of samples of its batch, B.
         output: As for :func:`output_gradients`.
 
     Yields:
-        A list that the step's backward pass fills with squares (B,), one tensor for each output; the score is the
-        root of their sum.
+        A list that the step's backward pass fills with squared norms (B,), one tensor for each output. The score is the
+        square root of their sum.
 
     Raises:
-        ValueError: No output was met.
+        ValueError: If no output is found.
     """
     squares: list[Tensor] = []
     watched = []
@@ -170,7 +174,7 @@ def _no_output(module: nn.Module, output: str | None) -> ValueError:
 
 
 class _AtLoss(TorchFunctionMode):
-    """Changes what is given to a loss function."""
+    """Applies a function to the input of each loss function."""
 
     LOSSES = frozenset(
         {
@@ -222,7 +226,7 @@ def _at_outputs(module: nn.Module, output: str | None, change: Callable[[Tensor]
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Without compiling anything."""
+    """A context in which nothing is compiled."""
     if "torch._dynamo" not in sys.modules:
         yield
         return

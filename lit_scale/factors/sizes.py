@@ -1,8 +1,9 @@
-"""Sizes: how large the samples of a batch are, by stages of the run; pixels of a side, or tokens of a sequence.
+"""Sizes: the base class of techniques that change the size of samples by stages of the run.
 
-The size is set where it saves most. A :class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that makes
-samples of any size gets the size of every batch as a plan, so that reading, collating and moving are cheaper as well.
-Batches of any other loader are made smaller on the device.
+A size is the side of an image in pixels, or the length of a sequence in tokens. A
+:class:`~lit_scale.datamodules.loader.ResumableLoader` over a dataset that makes samples of any size gets the size of
+each batch in advance (a plan), so that reading, collating and moving get cheaper too. Batches of other loaders are made
+smaller on the device.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ __all__ = ["SizeByStages"]
 class SizeByStages(Technique):
     """A technique that begins with small samples and ends with full ones.
 
-    A subclass defines which size a stage has (:meth:`resolve`), how large a batch is (:meth:`size_of`), how to make it
-    smaller (:meth:`shrink`), and how many samples of a size one of the loader's batches holds (:meth:`samples`).
-    Evaluation always sees full size. The size of a batch is a function of its number, so a resumed run meets the same
-    ones; in a run limited by ``max_time`` it depends on the clock.
+    A subclass defines the size of a stage (:meth:`resolve`), the full size of a batch (:meth:`size_of`), how to make a
+    batch smaller (:meth:`shrink`), and how many samples a batch of a size has (:meth:`samples`). Evaluation always uses
+    full size. The size of a batch is a function of its number, so a resumed run gets the same sizes. In a run limited
+    by ``max_time`` it depends on the time, and the checkpoint stores where stages began.
 
     Args:
         stages: (start, size) pairs; starts are fractions of the run, ascending from 0 and below 1; sizes ascend to full
@@ -45,46 +46,50 @@ class SizeByStages(Technique):
     def __init__(self, stages: Sequence[tuple[float, int | float]]) -> None:
         self.stages = check_starts(stages, "size")
         self._starts = [start for start, _ in self.stages]
-        self._sizes: list[int] = []  # known once full size is
-        self._changes: list[int] = []  # where time limits the run, the batches that began the second and later stages
-        self._asked = -1  # in such a run, the latest batch whose size was requested
+        self._sizes: list[int] = []  # size of each stage, once full size is known
+        self._changes: list[int] = []  # with max_time: the numbers of the batches at which later stages began
+        self._asked = -1  # with max_time: the latest batch whose size was decided
         self._loader: Any = None
         self._trainer: Trainer | None = None
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     @abstractmethod
     def resolve(self, size: int | float, full: int) -> int:
-        """The size of a stage, given that of a full sample.
+        """The size of a stage.
+
+        Args:
+            size: A fraction of full size (float) or a size (int).
+            full: Full size.
 
         Raises:
-            ValueError: It fits neither the model nor the data.
+            ValueError: If the size does not fit the model or the data.
         """
 
     @abstractmethod
     def size_of(self, batch: Any) -> int:
-        """Full size, from a batch of it."""
+        """The size of the samples of a full-size batch."""
 
     @abstractmethod
     def shrink(self, batch: Any, size: int) -> Any:
-        """The batch in this size, on its device."""
+        """Return the batch with samples of this size, on its device."""
 
     def samples(self, size: int, batch_size: int) -> int:
-        """How many samples the loader takes for a batch of this size."""
+        """Number of samples that the loader takes for a batch of this size."""
         return batch_size
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where stages began in a run limited by time; otherwise that follows from the settings."""
+        """The batches at which stages began in a run limited by time; otherwise they follow from the settings."""
         return {"changes": list(self._changes), "asked": self._asked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore where stages began."""
+        """Restore the batches at which stages began."""
         self._changes, self._asked = list(state_dict["changes"]), state_dict["asked"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the loader the plan of sizes, or shrink batches as they move to the device."""
+        """Install the plan in the loader, or wrap the strategy's transfer of batches to the device."""
         self._trainer = trainer
         loader: Any = trainer.train_dataloader
         if getattr(loader, "takes_plan", False):
@@ -99,11 +104,11 @@ class SizeByStages(Technique):
         return {"size": float(self._sizes[self._stage_of(self._number - 1)])}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave loader and strategy as they were: the batches that the clock replays have their sizes."""
+        """Restore loader and strategy; the batches that the clock replays already have their sizes."""
         self._give_back(trainer)
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave model, loader and strategy as they were."""
+        """Restore model, loader and strategy."""
         super().detach(trainer, pl_module)
         self._give_back(trainer)
 
@@ -125,7 +130,7 @@ class SizeByStages(Technique):
 
     @property
     def _number(self) -> int:
-        """How many batches the run has begun."""
+        """Number of batches that the run has started."""
         assert self._trainer is not None
         return self._trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
@@ -143,14 +148,12 @@ class SizeByStages(Technique):
 
     def _plan(self, before: Plan | None, number: int) -> tuple[int | None, int]:
         size = self._sizes[self._stage_of(number)]
-        usual = (
-            self._loader.batch_size if before is None else before(number)[1]
-        )  # a technique that chooses samples takes more
+        usual = self._loader.batch_size if before is None else before(number)[1]  # a sample choice may ask for more
         full = size == self._sizes[-1]
         return (None, usual) if full else (size, self.samples(size, usual))
 
     def _move(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move a batch to the device, and make it smaller there."""
+        """Move a batch to the device, and in training make its samples smaller there."""
         trainer = self._trainer
         assert trainer is not None
         batch = type(trainer.strategy).batch_to_device(trainer.strategy, batch, *args, **kwargs)
@@ -168,9 +171,9 @@ class SizeByStages(Technique):
         return {"stages": [list(stage) for stage in self.stages]}
 
     def is_plain(self) -> bool:
-        """The current batch is of full size."""
+        """Whether the current batch is of full size."""
         return self._stage_of(self._number - 1) == len(self.stages) - 1
 
     def step_kind(self) -> dict[str, Any]:
-        """The size; what follows from it shows in the shapes of the batch."""
+        """The size of the samples."""
         return {"size": self._sizes[self._stage_of(self._number - 1)]}

@@ -1,8 +1,8 @@
-"""Sparse weights: the base of techniques that train only some of a network's weights.
+"""Sparse weights: the base class of techniques that train only some of a network's weights.
 
-A technique says which weights are active, at the start and perhaps later. This base finds the layers, keeps inactive
-weights at exactly 0 wherever they are kept (:mod:`lit_scale.factors.weights`), lets layers multiply only with active
-neurons and heads (:mod:`lit_scale.factors.units`), saves the masks, and reports the step kind.
+A technique chooses which weights are active, at the start and possibly later. This class finds the layers, keeps
+inactive weights and their optimizer state at exactly 0 (:mod:`lit_scale.factors.weights`), makes layers compute only
+active neurons and heads (:mod:`lit_scale.factors.units`), saves the masks, and reports the step kind.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Granularity = Literal["unit", "weight", "block", "2:4"]
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse an argument that is none of its known values.
+    """Refuse an argument that is not one of the known values.
 
     Raises:
-        ValueError: With the values to choose from.
+        ValueError: If it is not; the message lists the known values.
 
     Example:
         >>> one_of("grow", "anywhere", ("gradient", "random"))
@@ -52,33 +52,34 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 
 class SparseWeights(Technique):
-    """A technique that trains a share of the weights, the others being 0.
+    """A technique that trains a share of the weights and keeps the others at 0.
 
-    Each layer is a *part*, cut into cells: single weights, square tiles of them, or units, which are whole neurons and
-    attention heads. A subclass chooses the first active cells by score (:meth:`first_scores`), at random by default.
-    It may change them (:meth:`set_active`) in :meth:`after_step`, or in
-    :meth:`~lit_scale.technique.Technique.decide`. Where it needs the gradient of inactive weights, it sets
+    Each layer is a *part*, divided into cells: single weights, square tiles of weights, or units, which are whole
+    neurons and attention heads. A subclass chooses the first active cells by score (:meth:`first_scores`), at random by
+    default. It may change them (:meth:`set_active`) in :meth:`after_step` or in
+    :meth:`~lit_scale.technique.Technique.decide`. If it needs the gradient of inactive weights, it sets
     ``dense_gradient`` in ``decide``.
 
-    Inactive weights are 0 after each optimizer step, in averages of the weights, in the optimizer's slots, and in the
-    gradients before these are clipped. Inactive units are not computed, which saves time; single weights and tiles save
-    FLOPs only on kernels for sparse matrices, reported as ``sparse_flops``.
+    Inactive weights are 0 after each optimizer step, and so are their averages, their entries in the optimizer's state,
+    and their gradients before clipping. Inactive units are not computed, which saves time. Inactive single weights and
+    tiles would save FLOPs only with kernels for sparse matrices; the remaining FLOPs are reported as ``sparse_flops``.
 
     Args:
         density: Share of the weights, or of the units of each layer, that is active, in (0, 1].
-        granularity: ``"unit"``; or single weights, square tiles of them (``"block"``), two of each four (``"2:4"``).
-        distribution: All layers alike (``"uniform"``), or by the Erdos-Renyi-kernel rule (``"erk"``), which is the
-            default for weights and blocks (Evci et al. 2020, section 3).
-        units: Which units: ``"all"`` that are found, ``"neurons"``, or ``"heads"``.
-        tile: Side of the tiles of ``"block"``.
-        layers: Dotted paths of the matrices, or of parts that hold them, for all but ``"unit"``; by default all inside
-            of blocks.
-        seed: Of the random choices, which are a function of (seed, step, layer).
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        granularity: ``"unit"``, ``"weight"`` (single weights), ``"block"`` (square tiles of weights), or ``"2:4"`` (two
+            of each group of four).
+        distribution: ``"uniform"``: equal density in all layers; ``"erk"``: the Erdos-Renyi-kernel rule (Evci et al.
+            2020, section 3). By default ``"erk"`` for ``"weight"`` and ``"block"``, else ``"uniform"``.
+        units: Which units can be left out: ``"all"`` that are found, ``"neurons"``, or ``"heads"``.
+        tile: Side of a tile for ``"block"``, in weights.
+        layers: Dotted paths of weight matrices, or of modules that hold them, for all granularities but ``"unit"``; by
+            default all matrices inside the blocks.
+        seed: Seed of the random choices, which are a function of (seed, step, layer).
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Attributes:
-        parts: The layers, from ``setup`` on; ``part.active`` (cells,) are their masks.
-        dense_gradient: Whether the current step takes the gradients of inactive weights too.
+        parts: The layers, from ``setup`` on; ``part.active`` (cells,) is the mask of a layer.
+        dense_gradient: Whether the gradients of inactive weights are computed in the current step.
 
     Raises:
         ValueError: At construction or in ``setup``, for arguments that do not fit each other or the model.
@@ -125,25 +126,25 @@ class SparseWeights(Technique):
             raise ValueError(f"tile={tile}: the side of a tile is at least 2; for single weights use 'weight'")
         self.parts: list[Cells | UnitGroup] = []
         self.dense_gradient = False
-        self._everything = False  # all units are computed
-        self._ended = False  # training has; steps are only replayed
-        self._off = False  # the clock prices a dense step
+        self._everything = False  # whether all units are computed
+        self._ended = False  # training has ended; steps are only replayed by the clock
+        self._off = False  # whether the clock times a dense step
         self._masks: WeightMasks
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain values for the checkpoint."""
         return {name: getattr(self, name) for name in self._names.split()}
 
     def first_scores(self, part: Cells | UnitGroup) -> Tensor:
-        """Scores (cells,) of a part in a new run, the highest of which become active; called in ``setup``."""
+        """Scores (cells,) of a part in a new run; the cells with the highest become active. Called in ``setup``."""
         return -self.random(part, 0, "first")
 
     def after_step(self, trainer: Trainer) -> None:
-        """Called behind every optimizer step of training, before weights are averaged or saved.
+        """Called after every optimizer step of training, before weights are averaged or saved.
 
-        This is the place to change masks with :meth:`set_active`.
+        Change masks here, with :meth:`set_active`.
         """
 
     # -- what a subclass uses -----------------------------------------------------------------------------------------
@@ -151,8 +152,8 @@ class SparseWeights(Technique):
     def set_active(self, trainer: Trainer, part: Cells | UnitGroup, active: Tensor) -> None:
         """Change which cells of a part are active.
 
-        Weights and averages become 0 where cells are inactive, and the optimizer's slots also where cells are new. New
-        cells begin with the weights they have: 0 for those that were inactive.
+        Weights and averages of inactive cells are set to 0. The optimizer's state is set to 0 for inactive cells and
+        for newly active ones. Newly active cells keep the weights they have, which are 0.
 
         Args:
             trainer: The Trainer, once training has started.
@@ -169,30 +170,30 @@ class SparseWeights(Technique):
             part.show(part.active)
 
     def show(self, everything: bool) -> None:
-        """Compute all units, as a step that needs the gradient of all of them must, or only the active ones."""
+        """Compute all units, which a step that needs all gradients must do, or only the active ones."""
         if self.granularity == "unit" and everything != self._everything:
             self._everything = everything
             for part in cast(list[UnitGroup], self.parts):
                 part.show(None if everything else part.active)
 
     def generator(self, part: Cells | UnitGroup, step: int, what: str) -> torch.Generator:
-        """Of a random choice: the same on all ranks, and whenever the run was resumed.
+        """A generator for a random choice, a function of (seed, step, part, what), so equal on all ranks.
 
         Args:
             part: One of :attr:`parts`.
             step: The optimizer step.
-            what: Tells this choice from the others of the step.
+            what: A name that distinguishes this choice from others in the step.
         """
         return torch.Generator().manual_seed(derive_seed(self.seed, step, part.name, what))
 
     def random(self, part: Cells | UnitGroup, step: int, what: str) -> Tensor:
-        """Random numbers in [0, 1), (cells,), by :meth:`generator`."""
+        """Random numbers in [0, 1), (cells,), from :meth:`generator`."""
         return torch.rand(len(part.active), generator=self.generator(part, step, what))
 
     # -- the layers ---------------------------------------------------------------------------------------------------
 
     def _find(self, pl_module: LightningModule) -> list[Cells | UnitGroup]:
-        """The layers that become sparse, each with what it is cut into."""
+        """The layers that become sparse, as parts."""
         stack = None if self.layers is not None else find_blocks(pl_module, self.blocks)
         if self.granularity == "unit":
             assert stack is not None
@@ -211,7 +212,7 @@ class SparseWeights(Technique):
         return list(parts)
 
     def _counts(self, parts: list[Cells | UnitGroup]) -> list[int]:
-        """How many cells of each part are active."""
+        """Number of active cells of each part."""
         densities = [self.density] * len(parts)
         if self.distribution == "erk":
             densities = erk_densities([cast(Cells, part).parameter.shape for part in parts], self.density)
@@ -228,20 +229,20 @@ class SparseWeights(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the layers and choose the first active cells; a checkpoint brings its own."""
+        """Find the layers and choose the first active cells; a checkpoint replaces them later."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
-            return  # what is masked is 0: the plain network is the sparse one
+            return  # masked weights are 0, so the plain network computes the same function
         goes_on = {part.name: part.active.cpu() for part in self.parts} if trainer.global_step else {}
         self.parts, self.dense_gradient, self._masks = self._find(pl_module), False, WeightMasks(pl_module)
         for part, count in zip(self.parts, self._counts(self.parts), strict=True):
             first = highest_cells(self.first_scores(part), count, in_fours=self.granularity == "2:4")
             part.active = goes_on.get(part.name, first)
-            if isinstance(part, Cells):  # in setup, so that hooks registered later get the masked gradient
+            if isinstance(part, Cells):  # in setup, so that hooks registered later get the masked gradients
                 self.undo_later(part.parameter.register_hook(partial(self._sparse, part.parameter)).remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mask the weights, now that a checkpoint has been read and the device is known."""
+        """Mask the weights; by now a checkpoint is loaded and the device is known."""
         self.dense_gradient = self._ended = self._everything = False
         self._masks = WeightMasks(pl_module)
         for part in self.parts:
@@ -258,14 +259,14 @@ class SparseWeights(Technique):
             self.undo_later(optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)).remove)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide and log; then count the vectors that each matrix is multiplied with."""
+        """Decide and log; then start to count the vectors that each matrix is multiplied with."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         for part in self.parts:
             if isinstance(part, Cells):
                 part.begin()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Zero the gradients of inactive weights, before gradients are clipped."""
+        """Set the gradients of inactive weights to 0, before gradients are clipped."""
         if not self._off:
             self._masks.zero_gradients()
 
@@ -286,8 +287,8 @@ class SparseWeights(Technique):
         self._masks.zero_weights()
 
     def _sparse(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        """The gradient of the sparse network, for what takes its norm before all of it is there; None leaves it."""
-        mask = self._masks.masks.get(parameter)  # none before training starts
+        """Mask a parameter's gradient, for callbacks that measure it during the backward pass; None: no change."""
+        mask = self._masks.masks.get(parameter)  # there are none before training starts
         return None if mask is None or self._off or self.dense_gradient else gradient * mask
 
     def _mask(self, part: Cells | UnitGroup) -> None:
@@ -295,7 +296,7 @@ class SparseWeights(Technique):
             self._masks.set(parameter, mask)
 
     def _after_step(self, trainer: Trainer) -> None:
-        """Behind the optimizer, whichever it is, and before anybody averages or saves the weights."""
+        """Called after a step of any optimizer, before weights are averaged or saved."""
         if self._off:
             return
         self._masks.zero_weights()
@@ -306,11 +307,11 @@ class SparseWeights(Technique):
     # -- state and the clock ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, eight entries a byte, the same on all ranks."""
+        """The masks, eight entries per byte, equal on all ranks."""
         return {"masks": {part.name: pack_bits(part.active) for part in self.parts}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the masks of a checkpoint."""
+        """Restore the masks of a checkpoint."""
         masks = state_dict["masks"]
         if self.parts and (other := {part.name for part in self.parts} ^ masks.keys()):
             raise ValueError(f"the checkpoint's masks are of other layers: {', '.join(sorted(other))}; use its model")
@@ -318,7 +319,7 @@ class SparseWeights(Technique):
             part.active = unpack_bits(masks[part.name], len(part.active))
 
     def is_plain(self) -> bool:
-        """All weights are active."""
+        """Whether all weights are active."""
         return self._off or self.density == 1.0
 
     def plain_step_kind(self) -> dict[str, Any] | None:
@@ -330,11 +331,11 @@ class SparseWeights(Technique):
         return {"density": 1.0 if self._off else self.density}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Compute all units and mask nothing, or train the sparse network, as in an earlier step."""
+        """Use all weights or the active ones only, as in a step of this kind."""
         self._off = kind["density"] != self.density
         self.show(everything=self._off)
 
     def skipped_flops(self) -> int:
-        """FLOPs that only a kernel for sparse matrices would leave out: forward, and both gradients."""
-        products = 2 if self.dense_gradient else 3  # the gradient of all weights is a dense product
+        """FLOPs that only kernels for sparse matrices would save: in the forward pass and both gradients."""
+        products = 2 if self.dense_gradient else 3  # the gradient of all weights is a dense product, which saves none
         return sum(part.skipped(products) for part in self.parts if isinstance(part, Cells))

@@ -1,9 +1,9 @@
-"""Steps: how many micro-batches make an optimizer step, and where in a run that number changes.
+"""Steps: how many micro-batches an optimizer step has, and at which steps that number changes.
 
-A plan is a list of *windows* (first optimizer step, micro-batches of each step from there on), ascending. Lightning
-counts micro-batches from the beginning of each epoch and steps at multiples of the number in force, so a window can
-begin only where the count is a multiple of its own number; since every number is a multiple of the one before, that
-moment always comes.
+A plan is an ascending list of *windows* (first optimizer step, micro-batches of each step from there on). Lightning
+counts micro-batches from the beginning of each epoch and makes a step when the count is a multiple of the current
+number. So a window can begin only when the count is a multiple of its own number. Every number is a multiple of the
+one before, so this always happens.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = [
     "restore_accumulation",
 ]
 
-_OWN = "_lit_scale_accumulation"  # where a Trainer keeps its own number while it is changed
+_OWN = "_lit_scale_accumulation"  # attribute that keeps the Trainer's original accumulation while it is changed
 
 
 def micro_batches(batch: int, each: int, what: str = "batch") -> int:
-    """How many micro-batches a global batch takes.
+    """Number of micro-batches of a global batch.
 
     Args:
         batch: Samples of an optimizer step, over all ranks.
         each: Samples of a micro-batch, over all ranks.
-        what: The argument's name, for the message.
+        what: The argument's name, for the error message.
 
     Raises:
-        ValueError: It does not divide; the message names the batches nearest to it that do.
+        ValueError: If ``batch`` is not a multiple of ``each``; the message names the nearest multiples.
 
     Example:
         >>> micro_batches(512, 64)
@@ -56,8 +56,8 @@ def plan_windows(
 ) -> list[tuple[int, int]]:
     """The windows of a ramp: at which optimizer step each stage begins.
 
-    A stage is due when the run's progress reaches its start, in optimizer steps where these limit the run, in
-    micro-batches where epochs do, whichever is further; it begins at the next step that its size allows.
+    A stage is due when the run's progress reaches its start: the larger of the fractions of ``max_steps`` and of
+    ``batches`` that are done. It begins at the next step that its size allows.
 
     Args:
         starts: Fractions of the run, ascending from 0.
@@ -90,27 +90,27 @@ def plan_windows(
 
 
 def accumulate(trainer: Any, number: int) -> None:
-    """Let an optimizer step take so many micro-batches, until :func:`restore_accumulation`."""
+    """Set the micro-batches of an optimizer step, until :func:`restore_accumulation`."""
     trainer.__dict__.setdefault(_OWN, trainer.accumulate_grad_batches)
     trainer.accumulate_grad_batches = number
 
 
 def restore_accumulation(trainer: Any) -> None:
-    """Give the Trainer the number back that it was made with, whoever has changed it and however often."""
+    """Restore the Trainer's original accumulation, after any number of changes."""
     trainer.accumulate_grad_batches = trainer.__dict__.pop(_OWN, trainer.accumulate_grad_batches)
 
 
 def check_epoch(trainer: Any, windows: Windows) -> None:
-    """Refuse an epoch that ends inside a step, where Lightning would make a step of what there is.
+    """Refuse a run in which an epoch ends inside an optimizer step.
 
-    That step's gradient would be too small by the missing share, and the next epoch begin a window of its own.
+    Lightning would make that step with fewer micro-batches, and its gradient would be too small by the missing share.
 
     Args:
         trainer: A Trainer whose loaders exist.
-        windows: How many micro-batches its steps take.
+        windows: Micro-batches of its steps.
 
     Raises:
-        ValueError: The run meets the end of an epoch that does not divide.
+        ValueError: If the run reaches the end of an epoch whose number of batches is not a multiple of a step's.
     """
     epoch, largest = trainer.num_training_batches, windows[-1][1]
     limited = trainer.max_steps > 0 and batches_after(windows, trainer.max_steps) < epoch

@@ -1,9 +1,9 @@
-"""Token choice: training steps in which a span of blocks runs on part of the tokens.
+"""Token choice: the base class of techniques in which a span of blocks runs on part of the tokens.
 
     x -> blocks before -> x[kept] -> blocks of the span -> x with x[kept] replaced -> blocks after
 
-:mod:`lit_scale.factors.tokens` lets blocks run on chosen positions. The base class here lays such spans over the blocks
-that are active, and has the positions chosen from each batch before its step.
+:mod:`lit_scale.factors.tokens` makes blocks run on chosen positions. This class puts such spans on the active blocks,
+and has the subclass choose positions for each batch before its step.
 """
 
 from __future__ import annotations
@@ -30,37 +30,36 @@ __all__ = ["Count", "TokenChoice", "check_share"]
 Count = int | float
 
 _EVALUATION = ("validation_step", "test_step", "predict_step")
-_FORMERLY = {"masked": "MaskLater", "random": "RandomLTD"}  # what TokenDropping(drop=...) has become
+_FORMERLY = {"masked": "MaskLater", "random": "RandomLTD"}  # techniques that replace TokenDropping(drop=...)
 
 
 class TokenChoice(Technique):
-    """A technique that lets a span of blocks run on part of the tokens; the others pass these blocks by unchanged.
+    """A technique that runs a span of blocks on part of the tokens; the other tokens skip these blocks unchanged.
 
-    A subclass says which share of the tokens a step keeps (:meth:`share`), and what it takes from a batch to choose
-    them (:meth:`choose`): their positions, or whatever its own :meth:`positions` makes positions of.
+    A subclass defines which share of the tokens a step keeps (:meth:`share`) and which ones (:meth:`choose`).
 
-    The span counts the blocks that are active. In a network too shallow for ``before`` and ``after`` no token is
-    dropped until it has grown.
+    ``before`` and ``after`` count active blocks. While a growing network is too shallow for them, no tokens are
+    dropped.
 
     Args:
-        before: Blocks before the span, a number or a fraction of all (rounded down).
-        after: Blocks after the span, a number or a fraction of all (rounded down, but one at least, unless it is 0).
-        blocks: Dotted path of the list of blocks, needed only where it cannot be found.
+        before: Number of blocks, or fraction of all (rounded down), before the span.
+        after: Number of blocks, or fraction of all (rounded down, but at least 1 unless it is 0), after the span.
+        blocks: Dotted path of the list of blocks, needed only if it cannot be found.
 
     Raises:
-        ValueError: At construction, if ``before`` or ``after`` is no such number; in ``setup``, if they leave no block,
-            the blocks are not found, the masks of the module were trained to join late in another way, or
-            ``ProgressiveStacking(freeze_old=True)`` is there too; with the first batch, if it lacks what is needed.
+        ValueError: At construction, if ``before`` or ``after`` is out of range. In ``setup``, if they leave no block
+            for the span, the blocks are not found, the module was trained with :class:`MaskLater` and other settings,
+            or ``ProgressiveStacking(freeze_old=True)`` is used too. At the first batch, if it lacks an entry.
     """
 
     factor = "tokens"
-    #: Whether evaluation drops the same tokens, because what is trained is another network.
+    #: Whether evaluation drops tokens too, because the network was trained to compute that function.
     lasting: ClassVar[bool] = False
-    #: Whether each block of the span keeps tokens of its own.
+    #: Whether each block of the span keeps its own choice of tokens.
     block_by_block: ClassVar[bool] = False
-    #: Share of the tokens that the step at work keeps, by which the clock tells its price; a word where batches decide.
+    #: Share of the tokens that the current step keeps, part of the step kind; a string if the batch decides it.
     kept: Any = 1.0
-    #: What :meth:`choose` made of the batch at work; None lets all tokens through.
+    #: Result of :meth:`choose` for the current batch; None keeps all tokens.
     chosen: Any = None
 
     def __init__(self, *, before: Count, after: Count, blocks: str | None) -> None:
@@ -73,21 +72,21 @@ class TokenChoice(Technique):
         self._spanned: tuple[int, ...] = ()  # active blocks that the spans were laid over
         self._stack: BlockStack
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass overrides ------------------------------------------------------------------------------------
 
     @abstractmethod
     def choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-        """The positions (B, K) of a batch that are kept, ascending, and the length T of the sequences they are of.
+        """The positions (B, K) that are kept, ascending, and the length T of the sequences.
 
-        Or something else, if the subclass has its own :meth:`positions`.
+        A subclass that overrides :meth:`positions` may return something else.
         """
 
     def share(self, done: float) -> float:
-        """Share of the tokens that is kept at a step before which so much of the run is done; 1.0 drops none."""
+        """Share of the tokens that is kept when the fraction ``done`` of the run is done; 1.0 drops none."""
         return 1.0
 
     def positions(self, x: Tensor, place: int) -> Tensor | None:
-        """Positions (B, K) of a sequence (B, T, C) that a span keeps, by its place among the spans; None for all."""
+        """Positions (B, K) of the sequence ``x`` (B, T, C) that the span number ``place`` keeps; None for all."""
         if self.chosen is None:
             return None
         kept, length = self.chosen
@@ -104,7 +103,7 @@ class TokenChoice(Technique):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lay the span over the blocks; for evaluation only if it lasts."""
+        """Put the span on the blocks for training, and if ``lasting`` for evaluation."""
         super().setup(trainer, pl_module, stage)
         self._stack = find_blocks(pl_module, self.blocks)
         self._check(trainer, span := self._range(len(self._stack)))
@@ -118,7 +117,7 @@ class TokenChoice(Technique):
             for stack in [self._stack, *(find_blocks(model, self._stack.path) for model in averages(trainer))]:
                 mark_late(stack, span)
             steps += _EVALUATION
-            if callable(getattr(pl_module, "per_sample_loss", None)):  # samples may be scored before they are trained
+            if callable(getattr(pl_module, "per_sample_loss", None)):  # another technique may score samples
                 steps.append("per_sample_loss")
         if steps:
             self._lay()
@@ -126,16 +125,16 @@ class TokenChoice(Technique):
             self._wrap(trainer, pl_module, name)
 
     def decide(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle which share of the tokens the next optimizer step keeps; where the span lasts, its batches do."""
+        """Decide which share of the tokens the next optimizer step keeps; if ``lasting``, the batch decides it."""
         if not self.lasting:
             self.kept = self.share(progress(trainer))
 
     def logged(self, trainer: Trainer) -> dict[str, float]:
-        """The share, unless batches decide it."""
+        """The share that is kept, unless the batch decides it."""
         return {} if self.lasting else {"kept": self.kept}
 
     def detach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a plain model behind, unless the span lasts."""
+        """Restore the plain model, unless ``lasting``."""
         self._forget()
         super().detach(trainer, pl_module)
         if not self.lasting and hasattr(self, "_stack"):
@@ -144,13 +143,13 @@ class TokenChoice(Technique):
             self._stack.release()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Whatever runs between two batches uses all tokens."""
+        """Keep all tokens between two batches."""
         self._forget()
 
     # -- the spans ----------------------------------------------------------------------------------------------------
 
     def _range(self, total: int) -> tuple[int, int]:
-        """First block of the span, and the one behind its last, in a network of so many."""
+        """First block of the span, and the one after its last, in a network of ``total`` blocks."""
         before, after = (
             count if isinstance(count, int) else int(count * total + 1e-9) for count in (self.before, self.after)
         )
@@ -166,17 +165,18 @@ class TokenChoice(Technique):
         late = late_span(self._stack)
         if late is not None and (not self.lasting or late != span):
             raise ValueError(
-                f"masked positions of this model pass blocks {late} by; with {name} and blocks {span} it would be "
-                "another; use MaskLater as it was trained, or call lit_scale.factors.tokens.release_tokens first"
+                f"masked positions of this model pass blocks {late} by; with {name} on blocks {span} it would compute "
+                "another function; use MaskLater with the settings it was trained with, or call "
+                "lit_scale.factors.tokens.release_tokens first"
             )
         if any(getattr(other, "freeze_old", False) for other in callbacks_of(trainer, Callback)):
             raise ValueError(
-                f"{name} does not go with freeze_old=True: gradients of dropped tokens would pass the frozen blocks "
-                "by; use one of them"
+                f"{name} does not go with freeze_old=True: gradients of dropped tokens would bypass the frozen blocks; "
+                "use one of them"
             )
 
     def _lay(self) -> None:
-        """Lay the spans over the blocks that are active now."""
+        """Put the spans on the blocks that are active now."""
         if (active := self._stack.active) != self._spanned:
             for span in self.spans:
                 span.remove()
@@ -189,7 +189,7 @@ class TokenChoice(Technique):
             ]
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        """Choose tokens from the batch of a step before it runs."""
+        """Wrap a step of the module so that tokens are chosen from its batch before it runs."""
 
         def step(method: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
             self._lay()
@@ -205,16 +205,16 @@ class TokenChoice(Technique):
         self.undo_later(wrap(pl_module, name, step))
 
     def _forget(self) -> None:
-        """Let all tokens through until the next choice."""
+        """Keep all tokens until the next choice."""
         self.chosen = None
         for span in self.spans:
             span.clear()
 
     def entry(self, batch: Any, name: str) -> Tensor:
-        """An entry of the batch that this technique needs.
+        """An entry of the batch.
 
         Raises:
-            ValueError: The batch does not have it.
+            ValueError: If the batch does not have it.
         """
         if not isinstance(batch, Mapping) or name not in batch:
             what = f"has {sorted(batch)}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
@@ -228,7 +228,7 @@ class TokenChoice(Technique):
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def is_plain(self) -> bool:
-        """All tokens run through all blocks."""
+        """Whether all tokens run through all blocks."""
         return bool(self.kept == 1.0)
 
     def plain_step_kind(self) -> dict[str, Any]:
@@ -240,20 +240,20 @@ class TokenChoice(Technique):
         return {"kept": self.kept}
 
     def impose_step_kind(self, trainer: Trainer, pl_module: LightningModule, kind: dict[str, Any]) -> None:
-        """Keep the share of an earlier step; which tokens, the step itself decides."""
+        """Keep the share of a step of this kind; the step itself chooses the tokens."""
         self._forget()
         self.kept = kind["kept"]
 
 
 def check_share(keep: float, until: float) -> None:
-    """Refuse shares that are none.
+    """Refuse shares that are not in (0, 1].
 
     Args:
         keep: Share of the tokens that the span keeps.
-        until: Share of the run after which all tokens run through all blocks.
+        until: Fraction of the run from which on all tokens run through all blocks.
 
     Raises:
-        ValueError: One of them is not in (0, 1].
+        ValueError: If one of them is not in (0, 1].
     """
     if not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep!r} is not a share of the tokens in (0, 1], such as 0.5")
@@ -262,7 +262,7 @@ def check_share(keep: float, until: float) -> None:
 
 
 def _check_former(method: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-    """Refuse to resume what was trained when these techniques were one, with an argument for the kind."""
+    """Refuse to resume a checkpoint of the earlier ``TokenDropping(drop=...)``, which comprised three techniques."""
     drop = trained_with(checkpoint).get("TokenDropping", {}).get("drop")
     if drop in _FORMERLY:
         raise ValueError(

@@ -1,12 +1,15 @@
-"""Tokens: let a span of a network's blocks run on some positions of the sequence only.
+"""Tokens: run a span of a network's blocks on some positions of the sequence only.
 
     x -> block ... block -> x[kept] -> block ... block -> x with x[kept] replaced -> block ... block
 
-The network is not rebuilt: the blocks of the span get a forward that takes the kept positions out of their arguments,
-and the last of them puts the results back into the full sequence. Positions are told by their place in an argument's
-shape, never by size alone, since a head may be as wide as a sequence is long: of the first argument (B, T, C) and of
-other 2- and 3-dimensional tensors dimension 1, of 4-dimensional masks the last two; in tuples and keyword arguments
-too. Blocks that number positions by themselves take an argument ``positions`` (B, K) and are told the kept ones.
+The network is not rebuilt. The blocks of the span get a forward that selects the kept positions of their arguments, and
+the last block puts the results back into the full sequence.
+
+Which dimension of an argument holds the positions follows from its number of dimensions, never from sizes alone, since
+a head can be as wide as a sequence is long. It is dimension 1 of the first argument (B, T, C) and of other 2- and
+3-dimensional tensors, and the last two dimensions of 4-dimensional masks and of boolean masks (B, T, T). Tuples, lists,
+dicts and keyword arguments are searched too. A block that computes position indices itself must take an argument
+``positions`` (B, K), through which it gets the kept positions.
 """
 
 from __future__ import annotations
@@ -32,25 +35,25 @@ __all__ = [
 
 Choose = Callable[[Tensor], Tensor | None]
 
-# Read in torch's "Unexpected key(s)", where a network that knows nothing of it is given the weights of one whose masked
-# positions join late. Only the first three words are the format; the rest may be worded anew.
+# Shown in torch's "Unexpected key(s)" when a plain network loads the weights of one whose masked positions join late.
+# Only the first three words are part of the format; the rest may change.
 _MARK = "masks join late"
 _KEY = f"{_MARK}: evaluate with the technique that was trained with, see lit_scale's docs/mask_later"
-_FOREIGN_SEQUENCES = ("encoder_", "memory", "cross_")  # arguments that hold another sequence than the block's own
+_FOREIGN_SEQUENCES = ("encoder_", "memory", "cross_")  # prefixes of arguments that hold another sequence, of an encoder
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------------
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
-    """Positions of the highest scores, in ascending order; of equal ones the earlier.
+    """Positions of the highest scores, in ascending order; among equal scores the earlier positions are taken.
 
     Args:
-        scores: (B, T).
-        count: How many of each row, K.
+        scores: Scores, (B, T).
+        count: Number of positions per row, K.
 
     Returns:
-        (B, K), int64.
+        Positions, (B, K), int64.
 
     Example:
         >>> highest(torch.tensor([[3.0, 1.0, 5.0, 3.0]]), 2)
@@ -67,17 +70,18 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def random_scores(seed: Tensor, size: int, length: int) -> Tensor:
-    """Scores whose order is a random permutation of the positions for each sample: a function of the seed alone.
+    """Scores that order the positions of each sample at random, as a function of the seed only.
 
-    All of it is integer arithmetic, so it is the same on every device, compiled or not, and no generator moves.
+    They are computed with integer arithmetic, so they are the same on every device, compiled or not, and no random
+    generator is used.
 
     Args:
         seed: A scalar in [0, 2**32), int64, on the device of the result.
-        size: Samples, B.
-        length: Positions, T, below 2**20.
+        size: Number of samples, B.
+        length: Number of positions, T, below 2**20.
 
     Returns:
-        (B, T), int64, no two equal in a row.
+        Scores, (B, T), int64, all different within a row.
 
     Example:
         >>> highest(random_scores(torch.tensor(7), 2, 100), 4)
@@ -93,7 +97,7 @@ def random_scores(seed: Tensor, size: int, length: int) -> Tensor:
 
 
 def _rows(kept: Tensor, length: int) -> Tensor:
-    """Indices of kept positions (B, K) into a sequence whose first two dimensions are one  # (B * K,)."""
+    """Indices (B K,) of kept positions (B, K) into a sequence that is flattened to (B T, ...)."""
     return (kept + torch.arange(kept.shape[0], device=kept.device)[:, None] * length).flatten()
 
 
@@ -116,7 +120,7 @@ def _take_mask(mask: Tensor, kept: Tensor, length: int) -> Tensor:
 
 
 def _take(value: Any, kept: Tensor, length: int) -> Any:
-    """What a block gets in place of an argument other than the stream."""
+    """The kept positions of an argument of a block, which is not the main sequence."""
     if isinstance(value, tuple | list):
         return type(value)([_take(item, kept, length) for item in value])
     if isinstance(value, dict):
@@ -129,27 +133,28 @@ def _take(value: Any, kept: Tensor, length: int) -> Any:
         return value
     if value.shape[0] not in (1, kept.shape[0]):
         raise ValueError(
-            f"a block gets a tensor {tuple(value.shape)}, of which no samples' positions can be taken; give what is "
-            "the same for all samples as (1, T, ...), and masks of queries and keys as (B or 1, 1, T, T)"
+            f"a block gets a tensor {tuple(value.shape)}, whose first axis is neither 1 nor the batch; give tensors "
+            "for all samples as (1, T, ...), and masks of queries and keys as (B or 1, 1, T, T)"
         )
     return _take_sequence(value, kept)
 
 
 class TokenSpan:
-    """Consecutive blocks of a network that run on chosen positions only; the others pass them by unchanged.
+    """Consecutive blocks of a network that run on chosen positions only; other positions skip them unchanged.
 
-    It lasts until :meth:`remove`. Blocks compiled one by one are left compiled: taking and putting back happen around
-    them.
+    The span is active until :meth:`remove`. Blocks that were compiled one by one stay compiled: positions are selected
+    and put back outside of them.
 
     Args:
         stack: The blocks of the network.
-        indices: Which of them form the span, ascending.
+        indices: Indices of the blocks that form the span, ascending.
         choose: Called with the sequence (B, T, C) that enters the span; returns the kept positions (B, K), ascending,
-            or ``None`` where all are kept.
+            or ``None`` to keep all.
 
     Raises:
-        ValueError: If the span is empty or has blocks that the network does not have, or a block puts time before the
-            batch; when it runs, if what enters is not (B, T, C), or an argument's positions cannot be told.
+        ValueError: If the span is empty or names blocks that the network does not have, or if a block expects
+            (T, B, C). When the span runs, if its input is not (B, T, C), or if the positions of an argument cannot be
+            selected.
 
     Example:
         >>> from lit_scale.factors.blocks import find_blocks
@@ -173,8 +178,8 @@ class TokenSpan:
                     f"the blocks of {stack.path!r} take (tokens, batch, channels); build them with batch_first=True"
                 )
         self.choose = choose
-        self.kept: Tensor | None = None  # (B, K), of the forward pass at work
-        self.full: Tensor | None = None  # (B, T, C), what entered
+        self.kept: Tensor | None = None  # (B, K), positions that the current forward pass keeps
+        self.full: Tensor | None = None  # (B, T, C), the sequence that entered the span
         self._overrides: list[tuple[nn.Module, str, Any, Any]] = []
         self._spans: list[TokenSpan] = stack.container.__dict__.setdefault("_token_spans", [])
         self._spans.append(self)
@@ -193,10 +198,10 @@ class TokenSpan:
         self._overrides.append((block, name, own, override))
 
     def remove(self) -> None:
-        """Give the blocks their own forward back."""
+        """Restore the blocks' own forward."""
         for block, name, own, override in self._overrides:
             if block.__dict__.get(name) is not override:
-                continue  # somebody has wrapped it since; it lets everything pass
+                continue  # wrapped again since; without a choice it passes everything through
             if own is None:
                 del block.__dict__[name]
             else:
@@ -208,14 +213,14 @@ class TokenSpan:
             self._spans.remove(self)
 
     def begin(self, x: Tensor) -> None:
-        """Choose the positions of the sequence that enters."""
+        """Choose positions of the sequence that enters the span."""
         if not isinstance(x, Tensor) or x.ndim != 3:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"tokens can be dropped from (batch, tokens, channels), but the blocks get {shape}")
         self.kept, self.full = self.choose(x), x
 
     def clear(self) -> None:
-        """Let go of the sequence of the last pass; a backward pass that recomputes blocks needs it."""
+        """Release the sequence of the last pass, which a backward pass that recomputes blocks needs until then."""
         self.kept = self.full = None
 
     def put_back(self, x: Tensor) -> Tensor:
@@ -227,12 +232,12 @@ class TokenSpan:
         return flat.index_copy(0, rows, x.flatten(0, 1).to(flat.dtype)).view_as(self.full)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of the network starts between two passes: what is in flight belongs to a graph and cannot be copied
+        # a copy of the network starts without a sequence: tensors of a pass belong to its graph and cannot be copied
         return self.__dict__ | {"kept": None, "full": None}
 
 
 def _everything(x: Tensor) -> None:
-    """The choice of a span that has been removed."""
+    """Keep all positions: the choice of a removed span."""
 
 
 def _run(
@@ -245,7 +250,18 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Forward of a block of a span."""
+    """Forward of a block in a span.
+
+    Args:
+        span: The span.
+        first: Whether it is the first block of the span.
+        last: Whether it is the last block of the span.
+        leave: Indices and names of arguments that are passed unchanged.
+        place: Index of the argument ``positions``; None if the block has none.
+        inner: The block's own forward.
+        *args: Arguments of the block.
+        **kwargs: Keyword arguments of the block.
+    """
     names = list(kwargs)
     if first:
         span.begin(args[0] if args else kwargs[names[0]])
@@ -269,14 +285,14 @@ def _run(
 
 
 def mark_late(stack: BlockStack, span: tuple[int, int] | None) -> None:
-    """Let the ``state_dict`` say that masked positions pass a span of blocks by, or with ``None`` no longer say it.
+    """Mark in the ``state_dict`` that masked positions skip a span of blocks.
 
-    Such a network is another one: evaluated with its masks in all blocks, its loss is far off. With the mark, strict
-    loading into a network that knows nothing of it fails, and names the reason.
+    A network that was trained this way has a far higher loss if masked positions run through all blocks. With the mark,
+    strict loading into a plain network fails, with an error that names the reason.
 
     Args:
         stack: The blocks of the network.
-        span: First block of the span, and the one behind its last.
+        span: First block of the span, and the one after its last; None removes the mark.
     """
     for handle in stack.container.__dict__.pop("_late_hooks", ()):
         handle.remove()
@@ -290,7 +306,7 @@ def mark_late(stack: BlockStack, span: tuple[int, int] | None) -> None:
 
 
 def late_span(stack: BlockStack) -> tuple[int, int] | None:
-    """The span that masked positions of this network pass by, if it is marked."""
+    """The span that masked positions of this network skip, if it is marked."""
     return stack.container.__dict__.get("_late_span")
 
 
@@ -307,9 +323,10 @@ def _load_mark(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest
 
 
 def release_tokens(stack: BlockStack) -> None:
-    """Take all spans and marks off a network: from now on every token runs through every block.
+    """Remove all spans and marks from a network, so that every token runs through every block.
 
-    Right for a network whose masks joined late when it goes on to text that has none, as in fine-tuning.
+    Use it for a network that was trained with :class:`MaskLater` before training on text without masks, as in
+    fine-tuning.
 
     Args:
         stack: The blocks of the network, from :func:`lit_scale.factors.blocks.find_blocks`.

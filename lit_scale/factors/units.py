@@ -1,11 +1,11 @@
-"""Units: let only some neurons and attention heads of a network be computed.
+"""Units: compute only some neurons and attention heads of a network.
 
     x -> act(x @ in[rows].T) @ out[:, columns].T
 
-A unit is a set of rows of the matrices that lead into it, and a set of columns of the matrix that leads out of it. The
-network is not rebuilt. Linear layers gather the rows and columns of the shown units in the forward pass, so that the
-matrix products are smaller, in backward too. Parameters keep names and shapes, and weights of hidden units get a
-gradient of exactly 0. With a unit's weights at 0 the plain network computes the same function.
+A unit consists of rows of the input matrices and columns of the output matrix: the matrices of the linear layers before
+and after it. The network is not rebuilt. Its linear layers gather the rows and columns of the shown units in the
+forward pass, so the products are shorter, in backward too. Parameters keep their names and shapes, and weights of
+hidden units get a gradient of exactly 0. If these weights are 0, the plain network computes the same function.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ UnitKind = Literal["all", "neurons", "heads"]
 
 
 class _Shown:
-    """The rows or columns of a matrix that are multiplied with; None for all."""
+    """Indices of the rows or columns of a matrix that are used; None for all."""
 
     index: Tensor | None = None
 
 
 def _into(linear: nn.Linear, shown: _Shown, x: Tensor) -> Tensor:
-    """Forward of a layer that leads into units."""
+    """Forward of an input layer of units."""
     if shown.index is None:
         return F.linear(x, linear.weight, linear.bias)
     bias = None if linear.bias is None else linear.bias.index_select(0, shown.index)
@@ -42,7 +42,7 @@ def _into(linear: nn.Linear, shown: _Shown, x: Tensor) -> Tensor:
 
 
 def _out_of(linear: nn.Linear, shown: _Shown, x: Tensor) -> Tensor:
-    """Forward of the layer that leads out of units."""
+    """Forward of the output layer of units."""
     weight = linear.weight if shown.index is None else linear.weight.index_select(1, shown.index)
     return F.linear(x, weight, linear.bias)
 
@@ -51,17 +51,17 @@ class UnitGroup:
     """The neurons of a feed-forward layer, or the heads of an attention.
 
     Attributes:
-        active: Which units are, (units,).
+        active: Mask of the active units, (units,).
 
     Args:
-        name: Path of the layer that leads out of the units.
-        kind: What a unit is, for messages.
-        ins: The layers that lead into the units.
-        out: The layer that leads out of them.
-        rows: For each layer that leads in, the rows of each unit, (units, rows).
-        columns: The columns of each unit, (units, columns).
-        owner: The part of the network whose attributes ``sizes`` count units.
-        sizes: Attribute names, with what they count of each unit.
+        name: Dotted path of the output layer.
+        kind: What a unit is, for messages: ``"neurons"`` or ``"heads"``.
+        ins: The input layers of the units.
+        out: The output layer of the units.
+        rows: For each input layer, the rows of each unit, (units, rows per unit).
+        columns: The columns of the output layer for each unit, (units, columns per unit).
+        owner: The module whose attributes ``sizes`` depend on the number of shown units.
+        sizes: Names of these attributes, with their value per unit.
 
     Example:
         >>> up, down = nn.Linear(2, 3), nn.Linear(3, 2)
@@ -90,7 +90,7 @@ class UnitGroup:
         self.owner, self.sizes = owner, sizes or {}
         self.active = torch.ones(len(columns), dtype=torch.bool)
         self._shown = [_Shown() for _ in self.ins], _Shown()
-        self._attached: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that each was given
+        self._attached: list[tuple[nn.Linear, Any]] = []  # layers, and the forward that each got from this group
 
     @property
     def key(self) -> nn.Parameter:
@@ -100,7 +100,7 @@ class UnitGroup:
     # -- computing some of them ---------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Let the layers multiply with the shown units only, from :meth:`show` on."""
+        """Replace the forward of the layers, so that :meth:`show` can choose the units that are computed."""
         into, out_of = self._shown
         for linear, forward, shown in [
             *((one, _into, shown) for one, shown in zip(self.ins, into, strict=True)),
@@ -112,7 +112,7 @@ class UnitGroup:
             self._attached.append((linear, own))
 
     def release(self) -> None:
-        """Give the layers their former forward back, in whatever order groups that share a layer are released."""
+        """Restore the layers' earlier forward; groups that share a layer can be released in any order."""
         self.show(None)
         for linear, own in reversed(self._attached):
             forward: Any = vars(linear).get("forward")
@@ -120,7 +120,7 @@ class UnitGroup:
                 del vars(linear)["forward"]
             elif forward is own:
                 vars(linear)["forward"] = own.before
-            while forward is not None:  # a group that was attached later puts back what this one would have
+            while forward is not None:  # a group that was attached later must restore what this group would have
                 before: Any = vars(forward).get("before") if isinstance(forward, partial) else None
                 if before is own:
                     vars(forward)["before"] = own.before
@@ -128,7 +128,7 @@ class UnitGroup:
         self._attached = []
 
     def show(self, units: Tensor | None) -> None:
-        """Compute these units (units,) only; None for all."""
+        """Compute only the units of a mask (units,); None for all."""
         into, out_of = self._shown
         device = self.out.weight.device
         for shown, index in zip([*into, out_of], [*self.rows, self.columns], strict=True):
@@ -140,15 +140,16 @@ class UnitGroup:
     # -- their weights ------------------------------------------------------------------------------------------------
 
     def magnitude(self) -> Tensor:
-        """2-norm of the weights that lead into each unit, times that of those that lead out of it, (units,).
+        """2-norm of the input weights of each unit times the 2-norm of its output weights, (units,).
 
-        The product is what a unit adds to the stream, but for its activation, and is 0 for one that has just grown.
+        Up to the activation, the product measures what a unit adds to the residual stream. It is 0 for a unit that has
+        just grown.
         """
         into, out_of = self._squares([one.weight.detach() for one in self.ins], self.out.weight.detach())
         return (into * out_of).sqrt()
 
     def growth(self) -> Tensor | None:
-        """2-norm of the gradient of all weights of each unit, (units,); None where the layer did not run."""
+        """2-norm of the gradient of all weights of each unit, (units,); None if the layer did not run."""
         gradients = [one.weight.grad for one in self.ins if one.weight.grad is not None]
         if self.out.weight.grad is None or len(gradients) < len(self.ins):
             return None
@@ -156,12 +157,12 @@ class UnitGroup:
         return (into + out_of).sqrt()
 
     def _squares(self, into: Sequence[Tensor], out_of: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of squares of what leads into and out of each unit, both (units,)."""
+        """Sums of squares over the rows and over the columns of each unit, both (units,)."""
         sums = [v.square().sum(1).cpu()[rows].sum(1) for v, rows in zip(into, self.rows, strict=True)]
         return torch.stack(sums).sum(0), out_of.square().sum(0).cpu()[self.columns].sum(1)
 
     def masks(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Masks of all parameters of the units: rows (R, 1) with their biases (R,), and columns (1, C)."""
+        """All parameters of the units with masks: input weights (R, 1), input biases (R,), output weights (1, C)."""
         found: list[tuple[nn.Parameter, Tensor]] = []
         for linear, rows in zip(self.ins, self.rows, strict=True):
             mask = self._spread(rows, linear.out_features)
@@ -175,7 +176,7 @@ class UnitGroup:
         return mask
 
     def draw(self, generator: torch.Generator) -> list[Tensor]:
-        """New weights into every unit, for each layer (R, inputs): normal, on average as large as the active ones'."""
+        """New input weights for all units, (R, inputs) per layer: normal, with the root mean square of active ones."""
         drawn = []
         for linear, rows in zip(self.ins, self.rows, strict=True):
             mine = linear.weight.detach()[rows[self.active].flatten().to(linear.weight.device)]
@@ -185,7 +186,7 @@ class UnitGroup:
 
     @torch.no_grad()
     def fill(self, units: Tensor, drawn: Sequence[Tensor]) -> None:
-        """Let these units (units,) have the drawn weights leading in; those that lead out stay as they are."""
+        """Set the input weights of the units of a mask (units,) to the drawn ones; output weights are not changed."""
         for linear, rows, new in zip(self.ins, self.rows, drawn, strict=True):
             index = rows[units].flatten().to(new.device)
             linear.weight[index] = new[index]
@@ -197,17 +198,17 @@ class UnitGroup:
 def find_units(stack: BlockStack, kind: UnitKind = "all") -> list[UnitGroup]:
     """The units of a network's blocks.
 
-    Neurons are those between two linear layers, the first of which may be two side by side (gated), where the channels
-    between are not as many as those around. Heads are those of our own attention, of timm's ``Attention``, and of
-    Hugging Face's attentions of the form that BERT's has; those of others stay as they are.
+    Neurons are the channels between two linear layers, where the first may be two parallel ones (gated), if their
+    number differs from that of the channels outside. Heads are those of lit_scale's attention, of timm's ``Attention``,
+    and of Hugging Face's attentions with BERT's structure; other attentions are left dense.
 
     Args:
         stack: The blocks.
-        kind: Which of them.
+        kind: Which units to find.
 
     Raises:
-        ValueError: If there are none, two of them share weights, or something else has weights for each of a layer's
-            neurons.
+        ValueError: If there are none, if groups share some weights but not all, or if another module, such as a norm,
+            has a weight for each neuron of a layer.
     """
     groups: list[UnitGroup] = []
     for label, block in zip(stack.container._modules, stack.blocks, strict=True):
@@ -218,14 +219,14 @@ def find_units(stack: BlockStack, kind: UnitKind = "all") -> list[UnitGroup]:
     if not found:
         what = "attention heads" if kind == "heads" else "feed-forward neurons"
         raise ValueError(
-            f"found no {what} to leave out in {stack!r}: neurons lie between two trained nn.Linear, heads in the "
-            "attention of lit_scale, timm or Hugging Face's BERT; use granularity='weight'"
+            f"found no {what} to leave out in {stack!r}: neurons are searched between two trained nn.Linear, heads in "
+            "the attention of lit_scale, timm or Hugging Face's BERT; use granularity='weight'"
         )
     return _unshared(stack, found)
 
 
 def _unshared(stack: BlockStack, groups: Iterable[UnitGroup]) -> list[UnitGroup]:
-    """Those of blocks that are one and the same, once; a weight of two groups would be masked for each of them."""
+    """The groups without duplicates, which shared blocks have; refuse groups that share only some of their weights."""
     kept: dict[frozenset[int], UnitGroup] = {}
     for group in groups:
         weights = [one.weight for one in [*group.ins, group.out]]
@@ -251,21 +252,21 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _neurons(path: str, block: nn.Module) -> Iterator[UnitGroup]:
-    """The neurons of a block's feed-forward layers, found by the order and the widths of its linear layers.
+    """Groups of neurons of a block's feed-forward layers, found by the order and the widths of its linear layers.
 
-    Queries, keys and values may have the same widths, but there are three of them, or others beside them. The layers
-    that lead into neurons are one or two, with no other layer of the same parent between the previous sublayer and the
-    layer that leads out.
+    Queries, keys and values can have similar shapes, but there are three of them, or other layers beside them.
+    Feed-forward layers have one or two input layers, and no other layer of the same parent lies between the sublayer
+    before and the output layer.
     """
     attentions = [module for module in block.modules() if _is_attention(module)]
     inside = {id(part) for module in attentions for part in module.modules()}
     linears = [(name, m) for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in inside]
     widths = [{m.in_features, m.out_features} for m in block.modules() if isinstance(m, nn.Linear)]
-    begin = 0  # behind the sublayer before
+    begin = 0  # first linear layer after the sublayer before
     for place, (name, down) in enumerate(linears):
         hidden, width = down.in_features, down.out_features
         ahead = sum(width in pair for pair in widths) - sum(hidden in pair for pair in widths)
-        if ahead < 0:  # most layers lead from or to the stream, so this one leads away from it
+        if ahead < 0:  # most layers have the width of the residual stream on one side, so this is an input layer
             continue
         before = linears[begin:place]
         ups = [one for one in before if _parent(one) == _parent(before[-1])]
@@ -284,7 +285,7 @@ def _parent(named: tuple[str, nn.Linear]) -> str:
 
 
 def _goes_on(ups: Sequence[tuple[str, nn.Linear]], rest: Sequence[tuple[str, nn.Linear]]) -> bool:
-    """Whether more layers like the ups follow the down layer, with no down layer of their own: LLaMA's gates."""
+    """Whether input layers like ``ups`` follow the output layer, without an output layer after them: LLaMA's gates."""
     up, down = ups[0], rest[0]
     more = list(takewhile(lambda one: _parent(one) == _parent(up) == _parent(down) and _alike(one, up), rest[1:]))
     return bool(more) and not any(_alike(one, down) for one in rest[len(more) + 1 : len(more) + 2])
@@ -295,7 +296,7 @@ def _alike(one: tuple[str, nn.Linear], other: tuple[str, nn.Linear]) -> bool:
 
 
 def _check_between(path: str, block: nn.Module, names: Sequence[str], hidden: int) -> None:
-    """Refuse a norm, or anything else with weights of its own, for each neuron."""
+    """Refuse a norm or another module that has a weight for each neuron."""
     common = names[0].split(".")
     while not all(name.split(".")[: len(common)] == common for name in names):
         common = common[:-1]
@@ -331,8 +332,8 @@ def _heads(path: str, block: nn.Module) -> Iterator[UnitGroup]:
 def _is_resizable(module: nn.Module) -> bool:
     """Whether an attention with one matrix for queries, keys and values can run with fewer heads.
 
-    A class says so by an attribute ``resizable = True``: it has layers ``qkv`` and ``out``, and its forward reads
-    ``num_heads`` and ``head_dim``. timm's is known by its class.
+    A class declares it by an attribute ``resizable = True``: it has layers ``qkv`` and ``out``, and its forward reads
+    ``num_heads`` and ``head_dim``. timm's ``Attention`` is recognized by its class.
     """
     if getattr(type(module), "resizable", False):
         return True

@@ -1,10 +1,10 @@
-"""Weights: masks over parameters that hold after every step of any optimizer.
+"""Weights: masks over parameters, kept after every step of any optimizer.
 
     weight <- mask * weight,  gradient <- mask * gradient,  slot <- mask * slot
 
-A mask is any boolean tensor that broadcasts to its parameter, true where the weight is active. What is masked is
-exactly 0 wherever it is kept: in the weights, in the averages of weights, in their gradients before these are clipped,
-and in the optimizer's slots, quantised ones included. Nothing changes shape: a checkpoint is that of the plain network.
+A mask is a boolean tensor that broadcasts to its parameter and is true where the weight is active. Masked entries are
+exactly 0 in the weights, in averages of weights, in gradients before clipping, and in the optimizer's slots (its state
+per weight), quantized ones included. No shape changes: a checkpoint is that of the plain network.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class WeightMasks:
         self.masks: dict[nn.Parameter, Tensor] = {}
 
     def set(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        """Mask a parameter; it and whatever is kept for it are zeroed by the methods below."""
+        """Set the mask of a parameter, which the methods below apply."""
         self.masks[parameter] = mask.to(parameter.device)
 
     @torch.no_grad()
     def zero_weights(self, averages: Iterable[nn.Module] = (), only: Collection[nn.Parameter] | None = None) -> None:
-        """Zero the masked weights here and in averages of the network.
+        """Set masked weights of the network, and of averages of it, to 0.
 
-        They are set to 0 and not multiplied by it, since an optimizer may have left something there that is not finite.
+        They are set, not multiplied by 0, because an optimizer may have left values there that are not finite.
 
         Args:
-            averages: Networks like this one.
-            only: The parameters to zero in; None is all that have a mask.
+            averages: Networks with the same parameter names.
+            only: The parameters to change; None for all that have a mask.
         """
         masks = {p: mask for p, mask in self.masks.items() if only is None or p in only}
         for parameter, mask in masks.items():
@@ -78,15 +78,15 @@ class WeightMasks:
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
-        """Zero the gradients of masked weights, so that norms are those of the sparse network."""
+        """Set the gradients of masked weights to 0, so that gradient norms are those of the sparse network."""
         for parameter, mask in self.masks.items():
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
 
     def zero_codes(self, optimizers: Iterable[Optimizer]) -> None:
-        """Zero what masked weights have in quantised slots.
+        """Set the quantized slots of masked weights to the code of 0.
 
-        A gradient of 0 keeps the other slots at 0, but quantising on a CPU takes 0 for the number next to it.
+        Other slots stay 0 because the gradient is 0, but quantization on a CPU rounds 0 to a neighbouring level.
         """
         for optimizer in optimizers:
             for parameter, mask in self.masks.items():
@@ -97,17 +97,17 @@ class WeightMasks:
 
 @torch.no_grad()
 def zero_slots(optimizers: Iterable[Optimizer], parameter: nn.Parameter, keep: Tensor) -> None:
-    """Zero an optimizer's slots of a parameter but for some entries.
+    """Set entries of an optimizer's slots of a parameter to 0.
 
-    Slots are the tensors of the parameter's shape in ``optimizer.state[parameter]``, or several of them in one
-    (AdEMAMix's two averages in bitsandbytes). Those that bitsandbytes holds in 8 bits are codes of a table, each scaled
-    by the largest value of its block: zeroing writes the code of 0. What is not kept per entry, as Adafactor's factors,
-    stays.
+    Slots are tensors of the parameter's shape in ``optimizer.state[parameter]``, or stacks of such tensors (the two
+    averages of AdEMAMix in bitsandbytes). bitsandbytes' 8-bit slots hold indices into a table, scaled by the largest
+    value of each block; there the index of 0 is written. State that is not kept per entry, such as Adafactor's factors,
+    is not changed.
 
     Args:
-        optimizers: Those of the run.
+        optimizers: The optimizers of the run.
         parameter: The parameter.
-        keep: Broadcastable to it, true where slots stay.
+        keep: Mask that broadcasts to the parameter, true where slots are not changed.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -129,7 +129,7 @@ def zero_slots(optimizers: Iterable[Optimizer], parameter: nn.Parameter, keep: T
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A mask as bytes of eight entries each, for a checkpoint.
+    """Pack a mask into bytes of eight entries each, for a checkpoint.
 
     Example:
         >>> unpack_bits(pack_bits(torch.tensor([True, False, True])), 3)
@@ -139,7 +139,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first ``count`` entries of a packed mask."""
+    """Unpack the first ``count`` entries of a packed mask, as a mask (count,)."""
     return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count).astype(bool))
 
 
@@ -149,18 +149,18 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
 def find_matrices(
     module: nn.Module, stack: BlockStack | None, layers: Sequence[str] | None = None
 ) -> dict[str, tuple[nn.Parameter, nn.Module]]:
-    """The weights that may be masked, by name, with the part of the network that each belongs to.
+    """The weights that may be masked, by name, each with the module that owns it.
 
-    Without ``layers`` these are the matrices inside of blocks (linear maps, convolutions, attention's projections) that
-    are trained; embeddings, norms, biases, and all that is not in a block stay dense.
+    Without ``layers`` these are the trained matrices inside the blocks: linear maps, convolutions, and projections of
+    attention. Embeddings, norms, biases, and everything outside of blocks stay dense.
 
     Args:
         module: The network.
         stack: Its blocks; needed only without ``layers``.
-        layers: Dotted paths of parts of the network, or of parameters.
+        layers: Dotted paths of modules or of parameters.
 
     Raises:
-        ValueError: If a path leads nowhere or to no matrix, or two lead to the same weights.
+        ValueError: If a path leads to no trained matrix, or two paths lead to the same weights.
     """
     if layers is None:
         assert stack is not None
@@ -182,7 +182,7 @@ def find_matrices(
 def _below(
     module: nn.Module, paths: Iterable[str], embeddings: bool = False
 ) -> dict[str, tuple[nn.Parameter, nn.Module]]:
-    """Trained matrices whose names begin with one of the paths; shared ones under their first name."""
+    """Trained matrices below the paths, by name; shared ones have their first name."""
     found: dict[str, tuple[nn.Parameter, nn.Module]] = {}
     seen: set[int] = set()
     modules = dict(module.named_modules(remove_duplicate=False))
@@ -191,7 +191,7 @@ def _below(
             continue
         path = name.rpartition(".")[0]
         owner, around = modules[path], modules[path.rpartition(".")[0]]
-        if isinstance(around, nn.MultiheadAttention):  # which multiplies with its projection without calling it
+        if isinstance(around, nn.MultiheadAttention):  # it uses the projection's weight without calling the projection
             owner = around
         is_matrix = parameter.ndim >= 2 and name.endswith("weight") and parameter.requires_grad
         if is_matrix and id(parameter) not in seen and (embeddings or not isinstance(owner, nn.Embedding)):
@@ -201,14 +201,17 @@ def _below(
 
 
 def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
-    """Densities of layers by the Erdos-Renyi-kernel rule: sparse where a layer is large (Evci et al. 2020, section 3).
+    """Densities of layers by the Erdos-Renyi-kernel rule: larger layers are sparser (Evci et al. 2020, section 3).
 
-    Layer l has density proportional to (sum of its dimensions) / (product of its dimensions). Those that would be above
-    1 are dense, and the rest is solved again, so that all layers together have the density asked for.
+    The density of a layer is proportional to (sum of its dimensions) / (product of its dimensions). Layers whose
+    density would exceed 1 are dense, and the others are solved again, so that the total density is as requested.
 
     Args:
-        shapes: Of the weights.
-        density: Of all of them together, in (0, 1].
+        shapes: Shapes of the weights.
+        density: Density of all layers together, in (0, 1].
+
+    Returns:
+        The density of each layer.
 
     Example:
         >>> [round(d, 3) for d in erk_densities([(100, 100), (10, 10)], 0.2)]
@@ -224,7 +227,7 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
         above = {layer for layer in sparse if scale * raw[layer] > 1.0}
         if not above:
             return [1.0 if layer in dense else scale * raw[layer] for layer in range(len(shapes))]
-        # as in the authors' code, the one furthest above first: the others' share shrinks with it
+        # as in the authors' code, make the layer furthest above dense first: this lowers the densities of the others
         most = max(raw[layer] for layer in above)
         dense |= {layer for layer in above if raw[layer] == most}
 
@@ -233,9 +236,9 @@ def highest_cells(scores: Tensor, count: int, *, in_fours: bool = False) -> Tens
     """The cells with the highest scores, as a mask (cells,).
 
     Args:
-        scores: Of all cells, (cells,).
-        count: How many; ``in_fours`` it is half of them.
-        in_fours: Take two of each four in a row.
+        scores: Scores of all cells, (cells,).
+        count: Number of cells; ignored with ``in_fours``, which takes half of them.
+        in_fours: Whether to take two cells of each group of four.
 
     Example:
         >>> highest_cells(torch.tensor([1.0, 3.0, 2.0, 0.0]), 1)
@@ -252,18 +255,18 @@ def highest_cells(scores: Tensor, count: int, *, in_fours: bool = False) -> Tens
 
 
 class Cells:
-    """A weight as a matrix of equal cells, each of which is active or not: single weights, or square tiles of them.
+    """A weight, divided into cells that are active or not: single weights or square tiles.
 
     Attributes:
-        active: Which cells are, (cells,).
-        positions: Vectors that the matrix was multiplied with since :meth:`begin`, while it is watched.
-        forward_only: Those among them that no gradient was to be taken of, as where samples are only scored.
+        active: Mask of the active cells, (cells,).
+        positions: Number of vectors that the matrix was multiplied with since :meth:`begin`, while it is watched.
+        forward_only: Number of these vectors in passes without gradients, for example when samples are scored.
 
     Args:
-        name: Of the parameter.
-        parameter: Its first axis counts outputs; the others are taken as one, of inputs.
-        owner: The part of the network that multiplies with it.
-        side: Of a tile; 1 for single weights.
+        name: Name of the parameter.
+        parameter: The weight; its first axis counts outputs, the others together count inputs.
+        owner: The module whose forward uses it.
+        side: Side of a tile; 1 for single weights.
 
     Raises:
         ValueError: If the matrix cannot be cut into such tiles.
@@ -290,7 +293,7 @@ class Cells:
 
     @property
     def key(self) -> nn.Parameter:
-        """The parameter that identifies the cells when blocks are copied."""
+        """The parameter that identifies the part when blocks are copied."""
         return self.parameter
 
     def magnitude(self) -> Tensor:
@@ -298,25 +301,25 @@ class Cells:
         return self._sums(self.parameter.detach())
 
     def growth(self) -> Tensor | None:
-        """Sum of the gradients' magnitudes of each cell, (cells,); None where the layer did not run."""
+        """Sum of the gradients' magnitudes of each cell, (cells,); None if the layer did not run."""
         return None if self.parameter.grad is None else self._sums(self.parameter.grad)
 
     def masks(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The parameter's mask, in its shape."""
+        """The parameter with its mask, which has the parameter's shape."""
         tiles = self.active.view(self.grid)
         if self.side > 1:
             tiles = tiles.repeat_interleave(self.side, 0).repeat_interleave(self.side, 1)
         return [(self.parameter, tiles.view(self.parameter.shape))]
 
     def begin(self) -> None:
-        """Count the vectors of a new step."""
+        """Set the counts of vectors to 0, for a new step."""
         self.positions = self.forward_only = 0
 
     def skipped(self, products: int) -> int:
-        """FLOPs of the products of the matrix with all those vectors that belong to inactive cells.
+        """FLOPs of the products of the counted vectors with inactive cells.
 
         Args:
-            products: As many for each vector as forward and backward take; where there is no backward, it is one.
+            products: Products per vector, forward and backward; vectors of passes without gradients count one.
         """
         inactive = int((~self.active).sum()) * self.side**2
         return 2 * inactive * (products * (self.positions - self.forward_only) + self.forward_only)

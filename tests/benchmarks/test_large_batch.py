@@ -3,8 +3,8 @@ import math
 import sys
 from dataclasses import replace
 
+import component_tables
 import large_batch
-import more_tables
 import pytest
 import tables
 
@@ -73,5 +73,5 @@ def test_a_sweep_runs_and_is_stored(tmp_path, tiny_corpus, monkeypatch):
         ("AdamW", 4, 64),
         ("LAMB", 4, 64),
     }
-    assert "| LAMB | 16 | 4 |" in more_tables.large_batch_table(stored)
+    assert "| LAMB | 16 | 4 |" in component_tables.large_batch_table(stored)
     assert str(tmp_path) not in stored["command"]

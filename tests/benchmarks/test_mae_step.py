@@ -1,7 +1,7 @@
 import json
 
+import component_tables
 import mae_step
-import more_tables
 import pytest
 
 SMALL = {
@@ -25,7 +25,7 @@ def test_the_record_holds_both_ratios_and_the_card_shows_them(tmp_path, monkeypa
         assert one["estimate"] == pytest.approx(sorted(own / other for own, other in pairs)[1])
         assert medians[f"{part}, visible"] > 0
     whole = size["ratios"]["end to end"]["estimate"]
-    assert f"| {1 / whole:.1f} times |" in more_tables.mae_step_lines(stored)
+    assert f"| {1 / whole:.1f} times |" in component_tables.mae_step_lines(stored)
 
 
 def test_bad_arguments_are_refused():

@@ -1,7 +1,7 @@
 import json
 
+import component_tables
 import memory
-import more_tables
 import pytest
 import torch
 
@@ -24,10 +24,10 @@ def test_state_time_and_peak_are_told_and_rendered(tmp_path, monkeypatch):
     for row in size["optimizers"]:
         assert 0.25 < row["state_ratio"] == row["state_bytes"] / row["state_bytes_32"] < 0.32
         assert row["step_ratio"]["low"] <= row["step_ratio"]["estimate"] <= row["step_ratio"]["high"]
-    shown = more_tables.memory_lines([record])
+    shown = component_tables.memory_lines([record])
     assert "`lamb8bit` / `lamb`" in shown
     assert "| 0.75 |" in shown
-    assert "Not measured yet" in more_tables.memory_lines([])
+    assert "Not measured yet" in component_tables.memory_lines([])
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_loss_parity_is_that_of_the_recipe(tmp_path, tiny_corpus, monkeypatch):
     assert len(same["losses"]["8-bit"]) == len(same["losses"]["32-bit"]) == 2
     assert abs(same["difference"]["estimate"]) < 0.1
     assert 0.25 < same["state_ratio"] < 0.35
-    shown = more_tables.parity_lines({"parity": same})
+    shown = component_tables.parity_lines({"parity": same})
     assert shown.count("\n| ") == 2
     assert "seed by seed: " in shown
     assert "no interval" in shown

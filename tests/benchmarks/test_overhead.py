@@ -1,7 +1,7 @@
 import json
 from dataclasses import replace
 
-import more_tables
+import component_tables
 import overhead
 
 
@@ -19,7 +19,7 @@ def test_hooks_and_runs_of_every_callback_are_timed(tmp_path, monkeypatch):
         (one,) = runs
         assert one["cpu_seconds"] > 0
         assert (one["median_hook_seconds"] > 0) == (one["mean_hook_seconds"] > 0) == (name != "nothing")
-    assert "CostMeter" in more_tables.overhead_lines([record])
+    assert "CostMeter" in component_tables.overhead_lines([record])
     assert size["callbacks"]["CostMeter"]["median_seconds"] < 5e-4
 
 

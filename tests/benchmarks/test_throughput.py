@@ -1,6 +1,6 @@
 import json
 
-import more_tables
+import component_tables
 import pytest
 import throughput
 import torch
@@ -30,7 +30,7 @@ def test_the_record_holds_every_repetition(record, capsys):
 
 
 def test_the_readme_can_show_it(record):
-    assert all(peer in more_tables.throughput_lines([record]) for peer in throughput.PEERS)
+    assert all(peer in component_tables.throughput_lines([record]) for peer in throughput.PEERS)
 
 
 def test_the_contestants_are_of_one_size_and_start_from_a_uniform_guess():

@@ -1,4 +1,4 @@
-"""Tables of what else was measured: steps beside others' steps, overheads, 8-bit state, large batches."""
+"""Tables of the benchmarks of components: throughput, overheads, masked-token skipping, 8-bit state, large batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "throughput_lines",
 ]
 
-REFERENCES = ("unigram_entropy", "chance_accuracy")  # what is reached without learning from context or image
+REFERENCES = ("unigram_entropy", "chance_accuracy")  # values that are reached without using context or image
 
 
 def stored(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def stored(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def quality(runs: list[dict[str, Any]]) -> str:
-    """Mean loss of some runs, and the unigram entropy beside it."""
+    """Mean loss of some runs, with the unigram entropy."""
     text = f"{statistics.mean(run['loss'] for run in runs):.3f}"
     entropies = [run["unigram_entropy"] for run in runs if run.get("unigram_entropy") is not None]
     return text + (f" (unigram {statistics.mean(entropies):.3f})" if entropies else "")
@@ -43,7 +43,7 @@ def signed(one: dict[str, Any]) -> str:
 
 
 def mae_step_lines(result: dict[str, Any]) -> str:
-    """What a step on the visible patches costs relative to one on all of them."""
+    """The cost of a step on the visible patches relative to one on all patches."""
     lines = ["| network | encoder alone | whole step | cheaper, end to end |", "|---|---|---|---|"]
     for name, size in result["sizes"].items():
         encoder, whole = size["ratios"]["encoder"], size["ratios"]["end to end"]
@@ -53,7 +53,7 @@ def mae_step_lines(result: dict[str, Any]) -> str:
 
 
 def throughput_lines(results: list[dict[str, Any]]) -> str:
-    """How our training step compares with its peers."""
+    """The time of our training step relative to those of other libraries."""
     lines = ["| step of `BertMLM` against | size | time ratio (below 1: ours is faster) |", "|---|---|---|"]
     for result in results:
         for size in result["sizes"]:
@@ -64,7 +64,7 @@ def throughput_lines(results: list[dict[str, Any]]) -> str:
 
 
 def overhead_lines(results: list[dict[str, Any]]) -> str:
-    """What the idle clock and the guards cost."""
+    """The time that the idle clock and the guards add to a step."""
     lines = ["| callback | " + " | ".join(size["name"] for r in results for size in r["sizes"]) + " |"]
     lines.append("|---" * lines[0].count(" | ") + "|---|")
     for name in results[0]["sizes"][0]["callbacks"] if results else []:
@@ -75,7 +75,7 @@ def overhead_lines(results: list[dict[str, Any]]) -> str:
 
 
 def memory_lines(results: list[dict[str, Any]]) -> str:
-    """State, peak memory and time of 8-bit optimizers, as shares of their 32-bit forms."""
+    """State, peak memory and step time of 8-bit optimizers, relative to their 32-bit forms."""
     lines = [
         "| optimizer | size | state | share of 32-bit | peak memory | time of a step | on |",
         "|---|---|---|---|---|---|---|",
@@ -99,7 +99,7 @@ def memory_lines(results: list[dict[str, Any]]) -> str:
 
 
 def parity_lines(result: dict[str, Any]) -> str:
-    """The loss with 8-bit state beside that with 32-bit state, seed by seed."""
+    """The losses with 8-bit and with 32-bit state, by seed."""
     same = result["parity"]
     entropy = f" (unigram {same['unigram_entropy']:.3f})" if same["unigram_entropy"] else ""
     lines = [
@@ -117,7 +117,7 @@ def parity_lines(result: dict[str, Any]) -> str:
 
 
 def large_batch_table(result: dict[str, Any]) -> str:
-    """Every side of a comparison at equal samples."""
+    """A row for each side of a comparison at equal samples."""
     lines = [
         f"| side | batch | steps | rate | loss (context-free) | above the small batch, {len(result['seeds'])} seeds |",
         "|---|---|---|---|---|---|",
@@ -137,7 +137,7 @@ def large_batch_table(result: dict[str, Any]) -> str:
 
 
 def large_batch_lines(result: dict[str, Any]) -> str:
-    """The table, and the rates that were tried."""
+    """The table, and the learning rates that were tried."""
     lines = [large_batch_table(result)]
     for side in result["above_small"]:
         own = [one for one in result["tuning"] if one["side"] == side]
