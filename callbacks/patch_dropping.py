@@ -166,7 +166,7 @@ def _find(model: nn.Module, path: str | None) -> nn.Module:
         what = "no Vision Transformer" if not found else f"{len(found)} Vision Transformers"
         raise ValueError(
             f"found {what} in {type(model).__name__}; name the module that returns all tokens (B, T, C) with their "
-            "positions added: PatchDropping(embedding='...', prefix=...)"
+            "positions added: PatchDropping(embedding='...', prefix=...); text models drop tokens by RandomLTD"
         )
     if hasattr(found[0], "patch_drop"):
         if not isinstance(found[0].patch_drop, nn.Identity | None):

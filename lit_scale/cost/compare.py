@@ -98,8 +98,13 @@ def compare(
         metric: Name of the metric that is compared; lower is better.
 
     Raises:
-        ValueError: If runs have different plain steps and no unit is given, or the unit has no plain step.
+        ValueError: If no run has the metric, runs have different plain steps and no unit is given, or the unit has no
+            plain step.
     """
+    if not any(metric in record["metrics"] for record in records.values()):
+        known = sorted({name for record in records.values() for name in record["metrics"]})
+        advice = f"choose one of {', '.join(known)}" if known else "validate the runs, so that they have some"
+        raise ValueError(f"--metric {metric}: no run has a metric of this name; {advice}")
     priced = {name: record for name, record in records.items() if record["plain_step_flops"]}
     if unit is None:
         first = next(iter(priced), "")
@@ -159,15 +164,15 @@ def saving(run: ComparedRun, runs: Sequence[ComparedRun]) -> str:
         return f"{1 - run.cost / full:.0%}".replace("-0%", "0%")
     if run.loss < min(loss for _, loss in curve):
         least = 1 - run.cost / curve[-1][0]
-        return f"at least {least:.0%}" if least > 0 else "better than all baselines"
-    return "worse than all baselines" if run.loss > curve[0][1] else "not on the baselines' curve"
+        return f"at least {least:.0%}" if least > 0 else "none: better than all baselines"
+    return "none: worse than all baselines" if run.loss > curve[0][1] else "none: not on the baselines' curve"
 
 
 def table(runs: Sequence[ComparedRun], metric: str) -> Table:
     """A table with a row for each run."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("run", "steps", metric, "cost in plain steps", "FLOPs", "saved at equal loss"):
-        shown.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+        shown.add_column(name, justify="left" if name == "run" else "right", no_wrap=name == "run", overflow="fold")
     for run in runs:
         cost = "none" if run.cost is None else f"{run.cost:,.0f}" + (f" ({run.how})" if run.how else "")
         loss = "-" if run.loss is None else f"{run.loss:.4f}"

@@ -62,8 +62,8 @@ def test_nothing_is_extrapolated() -> None:
         return savings(short=SHORT, long=LONG, own=record(250, loss, cost, technique="stacking"))["own"]
 
     assert own(1.9, 100.0) == "at least 75%"
-    assert own(1.9, 500.0) == "better than all baselines"
-    assert own(3.1, 50.0) == "worse than all baselines"
+    assert own(1.9, 500.0) == "none: better than all baselines"
+    assert own(3.1, 50.0) == "none: worse than all baselines"
     assert savings(short=SHORT, own=record(250, 2.5, 100.0, technique="stacking"))["own"] == ""
     assert savings(short=SHORT, long=LONG, own=record(250, None, 100.0, technique="stacking"))["own"] == ""
 
@@ -170,6 +170,13 @@ def test_another_metric_can_be_compared(tmp_path, capsys) -> None:
     paths = stored(tmp_path, short=record(100, 3.0, 100.0, metrics={"val/error": 0.25}))
     assert compare.main([str(paths["short"]), "--metric=val/error"]) == 0
     assert "0.2500" in capsys.readouterr().out
+
+
+def test_a_metric_that_no_run_has_is_refused_with_those_there_are(tmp_path, capsys) -> None:
+    own = SHORT | {"metrics": {"val_loss": 3.0}}
+    (tmp_path / "result.json").write_text(json.dumps(own))
+    assert compare.main([str(tmp_path)]) == 2
+    assert "--metric val/loss: no run has a metric of this name; choose one of val_loss" in capsys.readouterr().err
 
 
 def test_the_same_run_twice_is_refused(tmp_path, capsys) -> None:
