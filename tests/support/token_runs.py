@@ -48,7 +48,7 @@ class MaskedTorchEncoder(TorchEncoder):
     """A plain torch network that is trained on batches as BertMLM takes them."""
 
     def build(self, depth: int, dropout: float) -> nn.Module:
-        network = super().build(depth, dropout)
+        network: Any = super().build(depth, dropout)
         network[2] = nn.Linear(network[2].in_features, VOCABULARY)
         return network
 
@@ -96,11 +96,12 @@ class Lengths(Callback):
                 self.kept[-1][index] = kwargs["positions"].tolist()
 
         for index, block in enumerate(all_blocks(pl_module, path_of(pl_module))):
+            ours: Any = block
             norm = next(part for part in block.modules() if isinstance(part, nn.LayerNorm))
             self._handles.append(norm.register_forward_pre_hook(functools.partial(note, index)))
             if isinstance(pl_module, BertMLM):
                 places = functools.partial(note_places, index)
-                self._handles.append(block.attention.register_forward_pre_hook(places, with_kwargs=True))
+                self._handles.append(ours.attention.register_forward_pre_hook(places, with_kwargs=True))
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._now = []
@@ -138,7 +139,7 @@ def train(
     parts += [lengths, *([CostMeter(repeats=1)] if options.pop("meter", False) else [])]
     parts += [] if resume else [save_every_step(root / "whole")]
     data = "bert" if "masked" in name else name
-    options = {"max_steps": STEPS, "val_check_interval": 1, "val": loader(data, size=4, shuffle=False)} | options
-    trainer = fit(module, loader(data, size=20), root, *parts, resume=resume, **options)
+    defaults: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": 1, "val": loader(data, size=4, shuffle=False)}
+    trainer = fit(module, loader(data, size=20), root, *parts, resume=resume, **(defaults | options))
     assert trainer.global_step == STEPS
     return left(trainer) | {"lengths": lengths.training[-1], "kept": lengths.kept[-2:]}
