@@ -84,7 +84,7 @@ def test_progress_by_the_clock_climbs_to_the_end(tmp_path: Path) -> None:
 
 
 def test_rank_0_tells_the_time_to_all() -> None:
-    timer = Timer(duration={"seconds": 100})
+    timer: Any = Timer(duration={"seconds": 100})
     timer._offset = 30.0
     told = []
 
@@ -92,7 +92,7 @@ def test_rank_0_tells_the_time_to_all() -> None:
         told.append(fraction)
         return 0.75
 
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         global_step=0, max_steps=-1, max_epochs=None, callbacks=[timer], strategy=SimpleNamespace(), world_size=1
     )
     assert progress(trainer) == pytest.approx(0.3)

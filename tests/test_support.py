@@ -82,6 +82,6 @@ def test_what_a_run_left_is_a_copy_and_complete(tmp_path: Path) -> None:
         assert torch.utils._pytree.tree_leaves(found[part])
     assert found["techniques"]["token_dropping"]["running_loss"].shape == (24,)
     with torch.no_grad():
-        trainer.lightning_module.head_bias.add_(1.0)
+        trainer.lightning_module.get_parameter("head_bias").add_(1.0)
     assert first_difference(found, left(trainer)) == "weights.head_bias differs in 24 of 24 values, by up to 1"
     assert len(watch.losses) == len(watch.batches) == trainer.global_step

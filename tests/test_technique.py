@@ -76,7 +76,7 @@ class Manual(LightningModule):
 @pytest.mark.parametrize("technique", [Shallower(), ProgressiveStacking()], ids=lambda t: type(t).__name__)
 def test_untested_strategies_are_refused_by_name(technique: Technique, kind: type[Strategy]) -> None:
     strategy = kind.__new__(kind)  # some cannot be made without their hardware or package
-    trainer = SimpleNamespace(strategy=strategy, callbacks=[technique])
+    trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[technique])
     message = f"{type(technique).__name__} does not support strategy {kind.__name__}; use strategy='ddp' or one device"
     with pytest.raises(ValueError, match=re.escape(message)):
         technique.setup(trainer, build("plain_torch"), "fit")
@@ -85,7 +85,7 @@ def test_untested_strategies_are_refused_by_name(technique: Technique, kind: typ
 @pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy])
 def test_tested_strategies_pass(kind: type[Strategy]) -> None:
     technique = Shallower()
-    trainer = SimpleNamespace(strategy=kind.__new__(kind), callbacks=[technique])
+    trainer: Any = SimpleNamespace(strategy=kind.__new__(kind), callbacks=[technique])
     technique._decided_at = 5
     technique.setup(trainer, build("plain_torch"), "fit")
     assert technique._decided_at == -1, "setup went through to its end"
@@ -252,7 +252,7 @@ def test_it_decides_once_per_optimizer_step_and_never_inside_a_window(tmp_path: 
 
 
 def test_a_resumed_run_decides_before_its_first_batch_and_then_as_the_whole_one(tmp_path: Path) -> None:
-    run = {"accumulate_grad_batches": 3, "max_epochs": 3, "enable_checkpointing": True}
+    run: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": 3, "enable_checkpointing": True}
     whole = Decider()
     fit(tmp_path, whole, save_every_step(tmp_path / "saved"), **run)
     for stop in (1, 2, 3):  # inside the first epoch, at its end, inside the second

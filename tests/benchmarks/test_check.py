@@ -49,7 +49,8 @@ class SameAgain(Runner):
     """Makes no run, but says that it came out as it is stored, all metrics or all but one."""
 
     def __init__(self, store: Store, change: float = 0.0) -> None:
-        self.store, self.change, self.made = store, change, []
+        self.store, self.change = store, change
+        self.made: list[Any] = []
 
     def make(self, run: Run, core: int | None = None) -> dict[str, Any]:
         self.made.append(run)
@@ -134,8 +135,13 @@ def test_a_run_that_differs_in_the_last_bit_leaves_its_group_stale(results: Path
 
 
 def test_only_the_files_that_are_named_are_verified(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(check, "verify", lambda group, runner: asked.append(group.store.path.stem) or "")
+    asked: list[str] = []
+
+    def note(group: Any, runner: Any) -> str:
+        asked.append(group.store.path.stem)
+        return ""
+
+    monkeypatch.setattr(check, "verify", note)
     monkeypatch.setattr(check, "Runner", lambda *_: None)
     assert check.main(["--verify", ENTRY.name]) == 0
     assert asked == []  # it is current

@@ -27,7 +27,7 @@ def named(flags: tuple[str, ...]) -> set[str]:
 
 
 def flat(config: dict, prefix: str = "") -> dict:
-    out = {}
+    out: dict = {}
     for name, value in config.items():
         out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return out

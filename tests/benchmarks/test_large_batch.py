@@ -7,6 +7,7 @@ import component_tables
 import large_batch
 import pytest
 import tables
+from rich.console import Console
 
 TINY = [
     "--trainer.accelerator=cpu",
@@ -22,7 +23,7 @@ TINY = [
 
 def sweep_of(folder):
     sides = {side: flags for side, (flags, _) in large_batch.SIDES.items()}
-    return large_batch.LargeSweep(large_batch.RECIPE, large_batch.PRESETS["cpu"], sides, folder, None, 1)
+    return large_batch.LargeSweep(large_batch.RECIPE, large_batch.PRESETS["cpu"], sides, folder, Console(), 1)
 
 
 def test_every_side_is_tuned_beyond_the_ends_of_its_grid(tmp_path):

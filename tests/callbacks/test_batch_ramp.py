@@ -68,7 +68,7 @@ def ramped(
     ids=str,
 )
 def test_stages_begin_at_their_share_of_steps_or_of_data(
-    limits: dict[str, int], windows: list[tuple[int, int]], taken: list[int], tmp_path: Path
+    limits: dict[str, Any], windows: list[tuple[int, int]], taken: list[int], tmp_path: Path
 ) -> None:
     ramp = BatchRamp(STAGES)
     _, trainer, found = ramped(tmp_path, ramp, **limits)
@@ -151,7 +151,7 @@ def test_it_goes_along_with_others_that_change_what_a_step_is(
 
 def test_fractions_are_of_the_trainers_own_batch_and_the_clock_tells_the_stages(tmp_path: Path) -> None:
     ramp, meter = BatchRamp([(0.0, 0.25), (0.5, 1.0)]), CostMeter(repeats=1)
-    options = {"max_epochs": 2, "accumulate_grad_batches": 4}
+    options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 4}
     trainer = fit(build("bert"), loader("bert"), tmp_path, ramp, meter, **options)
     record = meter.record(trainer, trainer.lightning_module)
     assert [(stage["batch_ramp/micro_batches"], stage["plain"], stage["samples"]) for stage in record["stages"]] == [

@@ -61,14 +61,15 @@ class Watcher(Callback):
                     assert not kept[off].any()
                 for name, slot in slots(trainer.optimizers[0], parameter).items():
                     assert (slot[off].abs() <= 1e-30).all(), name  # what Adafactor adds to each squared gradient
-                self.checked += off.any().item()
+                self.checked += int(off.any())
 
 
 class Grown(Callback):
     """Right behind each optimizer step: that what the update made active starts as it should."""
 
     def __init__(self, sparsity: DynamicSparsity) -> None:
-        self.sparsity, self.before, self.grown = sparsity, None, 0
+        self.sparsity, self.grown = sparsity, 0
+        self.before: dict[str, list[tuple[Any, Tensor]]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = {part.name: [(p, mask.expand_as(p).clone()) for p, mask in part.masks()] for part in self.sparsity.parts}
@@ -132,7 +133,7 @@ def test_in_fours_two_stay_active_and_the_weakest_fours_change() -> None:
     expected = sorted(sorted(range(50), key=lambda i: weakest[i])[:7])
     assert (new != fours).any(1).nonzero().flatten().tolist() == expected
     for i in expected:
-        gone, came = (fours[i] & ~new[i]).nonzero().item(), (new[i] & ~fours[i]).nonzero().item()
+        gone, came = (int(places.nonzero()) for places in (fours[i] & ~new[i], new[i] & ~fours[i]))
         assert magnitude[4 * i + gone] == weakest[i]
         assert growth[4 * i + came] == max(growth[4 * i + j] for j in range(4) if not fours[i, j])
 
@@ -152,11 +153,11 @@ class Witness(Callback):
 
         trainer.optimizers[0].register_step_post_hook(note)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
         with torch.no_grad():
             self.alone.append(pl_module.per_sample_loss(batch).mean().item())
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters()})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
@@ -212,8 +213,10 @@ def test_an_update_of_units_goes_by_the_norms_in_and_out(tmp_path: Path) -> None
                 assert torch.equal(new, old)
                 continue
             count = min(int(0.45 * (1 + math.cos(math.pi * step / 6)) * int(old.sum())), int((~old).sum()))
-            magnitude = math.prod(squares(witness.weights[step], name))
-            gradient = sum(squares(witness.gradients[step], name))
+            into, out_of = squares(witness.weights[step], name)
+            magnitude = into * out_of
+            into, out_of = squares(witness.gradients[step], name)
+            gradient = into + out_of
             ones, zeros = old.nonzero().flatten(), (~old).nonzero().flatten()
             kept = ones[magnitude[ones].argsort()[count:]]
             grown = zeros[gradient[zeros].argsort(descending=True)[:count]]
@@ -236,12 +239,18 @@ def test_an_update_of_units_goes_by_the_norms_in_and_out(tmp_path: Path) -> None
     ],
 )
 def test_updates_come_at_even_distances_until_three_quarters(
-    every: Any, limits: dict[str, int], expected: list[int], tmp_path: Path
+    every: Any, limits: dict[str, Any], expected: list[int], tmp_path: Path
 ) -> None:
     sparsity = sparse("weight, SET", every=every)
     steps: list[int] = []
-    update = sparsity._update
-    sparsity._update = lambda trainer, *rest: (steps.append(trainer.global_step), update(trainer, *rest))  # type: ignore[method-assign]
+    watched: Any = sparsity
+    update = watched._update
+
+    def noted(trainer: Trainer, *rest: Any) -> None:
+        steps.append(trainer.global_step)
+        update(trainer, *rest)
+
+    watched._update = noted
     train("plain_torch", tmp_path, sparsity, **limits)
     assert sorted(set(steps)) == expected
 
@@ -330,13 +339,13 @@ class Norms(Callback):
         self.sparse: list[float] = []
         self.clipped: list[float] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         def note(*_: Any) -> None:
             self.clipped.append(torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm().item())
 
         trainer.optimizers[0].register_step_post_hook(note)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         masks = {p: mask for part in self.sparsity.parts for p, mask in part.masks()}
         norms = [(p.grad * masks[p] if p in masks else p.grad).norm() for p in pl_module.parameters()]
         self.sparse.append(torch.stack(norms).norm().item())
@@ -510,15 +519,16 @@ def test_the_noise_scale_is_that_of_the_sparse_network_in_any_order(kind: str, t
     class Norms(Callback):
         """Before anybody else, the squared norm of the step's gradient, of what is active alone too."""
 
-        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
             masks = dict(pair for part in sparsity.parts for pair in part.masks())
             gradients = [(p.grad, masks.get(p, torch.tensor(True))) for p in pl_module.parameters()]
-            whole.append(sum(g.square().sum() for g, _ in gradients).item())
-            active.append(sum((g * mask).square().sum() for g, mask in gradients).item())
+            whole.append(sum(float(g.square().sum()) for g, _ in gradients))
+            active.append(sum(float((g * mask).square().sum()) for g, mask in gradients))
 
     found = []
     for noise_first in (True, False):
-        whole, active = [], []
+        whole: list[float] = []
+        active: list[float] = []
         sparsity, noise = sparse(kind, density=0.2, drop=0.0), GradientNoiseScale(smoothing=0.0)
         order = {"before": [Norms(), noise]} if noise_first else {"before": [Norms()]}
         also = [] if noise_first else [noise]

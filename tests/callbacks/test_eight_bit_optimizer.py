@@ -23,8 +23,8 @@ def trained(
     root: Path, *callbacks: Callback, name: str = "plain_torch", resume: Path | None = None, **options: Any
 ) -> tuple[Any, Trainer]:
     module = build(name, seed=1 if resume else 0, **options.pop("build", {}))
-    options = {"max_epochs": 2, "plugins": [SafeCheckpointIO()]} | options
-    return module, fit(module, loader(name), root, *callbacks, resume=resume, **options)
+    defaults: dict[str, Any] = {"max_epochs": 2, "plugins": [SafeCheckpointIO()]}
+    return module, fit(module, loader(name), root, *callbacks, resume=resume, **(defaults | options))
 
 
 @pytest.mark.parametrize("width", [16, 64])

@@ -122,8 +122,8 @@ def test_the_verdict_follows_the_papers_trade_off(batch: int) -> None:
 
 def watched(root: Path, *callbacks: Callback, resume: Path | None = None, **options: Any) -> dict[str, Any]:
     module, plugins = build("bert", seed=1 if resume else 0), [SafeCheckpointIO()]
-    options = {"max_epochs": 2, "plugins": plugins} | options
-    return left(fit(module, loader("bert"), root, *callbacks, resume=resume, **options))
+    defaults: dict[str, Any] = {"max_epochs": 2, "plugins": plugins}
+    return left(fit(module, loader("bert"), root, *callbacks, resume=resume, **(defaults | options)))
 
 
 def ramp() -> BatchRamp:
@@ -202,13 +202,12 @@ def test_it_counts_the_samples_that_are_trained(choosing: str, order: int, tmp_p
         small = 2 * watch.added[2 * step]
         large = watch.added[2 * step] + watch.added[2 * step + 1]
         one_signal, one_noise = signal_and_noise(small.square().sum(), large.square().sum(), one, 2 * one)
-        weight, signal, noisy = (
-            0.5 * past + 0.5 * now for past, now in ((weight, 1.0), (signal, one_signal), (noisy, one_noise))
-        )
+        pairs = ((weight, 1.0), (signal, float(one_signal)), (noisy, float(one_noise)))
+        weight, signal, noisy = (0.5 * past + 0.5 * now for past, now in pairs)
         kept += 1
     assert noise._weight == weight
-    assert float(noise.signal) == pytest.approx(float(signal), rel=1e-3)
-    assert float(noise.noise) == pytest.approx(float(noisy), rel=1e-3)
+    assert float(noise.signal) == pytest.approx(signal, rel=1e-3)
+    assert float(noise.noise) == pytest.approx(noisy, rel=1e-3)
     assert noise._batch == 2 * watch.trained[-1] == 2 * 4
     assert kept == {"importance": 7, "rho": 8, "selective": 8, "interrupted": 4}[choosing]
 

@@ -119,7 +119,8 @@ def test_an_open_gate_asks_for_more_once_all_that_was_prepared_is_through(worker
     first = 1 + workers * 2  # each worker prepares two batches
     assert found.watch.brought == [4] * first + [12] * (STEPS - first)
     assert found.watch.trained == [4] * STEPS
-    assert found.trainer.train_dataloader.plan is None
+    loader: Any = found.trainer.train_dataloader
+    assert loader.plan is None
 
 
 def test_no_sample_is_met_twice_before_all_were(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ class Keeps(Callback):
     def __init__(self, watch_every: int) -> None:
         self.every, self.taus = watch_every, [0.0]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every:
             return
         with torch.no_grad():
@@ -268,7 +269,8 @@ def test_sizes_and_samples_of_a_batch_are_both_planned(order: int, tmp_path: Pat
 
 
 def text(corpus: Path, folder: Path, **options: Any) -> TextDataModule:
-    defaults = {"sequence_length": 16, "batch_size": 4, "cache_dir": str(folder / "cache"), "mask_rate": 0.25}
+    defaults: dict[str, Any] = {"sequence_length": 16, "batch_size": 4, "mask_rate": 0.25}
+    defaults["cache_dir"] = str(folder / "cache")
     return TextDataModule(str(corpus), **(defaults | options))
 
 

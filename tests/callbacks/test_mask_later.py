@@ -30,7 +30,8 @@ def test_masked_positions_join_for_the_last_blocks_only_also_in_evaluation(tmp_p
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
             batches.append(batch)
 
-        on_validation_batch_start = on_train_batch_start
+        def on_validation_batch_start(self, *args: Any) -> None:
+            self.on_train_batch_start(*args)
 
     callbacks = [Watch(), MaskLater(), lengths]
     trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=callbacks, num_sanity_val_steps=1)

@@ -11,12 +11,11 @@ import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lit_scale.callbacks import PatchDropping, ProgressiveStacking
 from lit_scale.cost import CostMeter
 from lit_scale.models import ViTClassifier
-from tests.support.data import PATCHES, loader, pictures
+from tests.support.data import PATCHES, as_loader, loader, pictures
 from tests.support.equality import assert_same, same
 from tests.support.networks import DEPTH, VIEWERS, WIDTH, Viewer, all_blocks, build, viewer
 from tests.support.training import fit, left, quiet_trainer, save_every_step
@@ -33,7 +32,7 @@ class Tokens(Callback):
         self.train: list[tuple[int, Tensor]] = []
         self.validation: list[Tensor] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         def look(block: nn.Module, args: Any, kwargs: Any) -> None:
             tokens = (args or tuple(kwargs.values()))[0].detach()
             if block.training:
@@ -210,11 +209,12 @@ def test_other_libraries_networks(name: str, prefix: int, options: dict[str, Any
 
 
 def test_our_own_classifier_at_two_resolutions(tmp_path: Path) -> None:
-    module, lengths = ViTClassifier(num_classes=4, image_size=8, patch_size=2, depth=2, width=16, num_heads=2), []
+    module: Any = ViTClassifier(num_classes=4, image_size=8, patch_size=2, depth=2, width=16, num_heads=2)
+    lengths: list[int] = []
     module.net.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     large = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(2)]
     trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[PatchDropping(tune=0.25)])
-    trainer.fit(module, DataLoader([*large, *itertools.islice(pictures(), 2)], batch_size=None))
+    trainer.fit(module, as_loader([*large, *itertools.islice(pictures(), 2)]))
     assert lengths == [1 + 32, 1 + 32, 1 + 8, 1 + 16]
 
 
@@ -226,7 +226,7 @@ def test_with_progressive_stacking_and_averages_of_weights(name: str, tmp_path: 
     train(module, tmp_path, PatchDropping(tune=0.25), stacking, average, tokens, limit_val_batches=0)
     lengths = [seen.shape[1] - module.prefix for _, seen in tokens.train]
     assert lengths == [PATCHES // 2] * 6 + [PATCHES] * 2
-    assert len(module.get_submodule(module.blocks)) == 4
+    assert len(list(module.get_submodule(module.blocks).children())) == 4
 
 
 def test_a_compiled_network_drops_as_an_eager_one_does(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ class Swin(Viewer):
     def build(self, depth: int, dropout: float) -> nn.Module:
         from transformers import SwinConfig, SwinModel
 
-        sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+        sizes: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
         return SwinModel(SwinConfig(image_size=16, patch_size=2, window_size=2, **sizes))
 
 
@@ -372,8 +372,8 @@ class Rotary(Viewer):
     def build(self, depth: int, dropout: float) -> nn.Module:
         from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        return DINOv3ViTModel(DINOv3ViTConfig(image_size=8, patch_size=2, **sizes))
+        sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return DINOv3ViTModel(DINOv3ViTConfig(image_size=8, patch_size=2, intermediate_size=32, **sizes))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lit_scale.callbacks.progressive_stacking import blocks_at_depth, growth_map
 from lit_scale.cost import CostMeter
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
+from lit_scale.trainers import callbacks_of
 from tests.support.data import loader
 from tests.support.equality import assert_same, same
 from tests.support.networks import DEPTH, FOREIGN, OPTIMIZERS, all_blocks, build, path_of
@@ -78,9 +79,9 @@ def reference_rates(name: str, steps: int) -> list[float]:
         return [3e-3 * (p / 0.05 if p < 0.05 else 0.5 * (1 + math.cos(math.pi * (p - 0.05) / 0.95))) for p in done]
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(dummy, T_max=100)
-    rates = []
+    rates: list[float] = []
     for _ in range(steps):
-        rates += schedule.get_last_lr()
+        rates += map(float, schedule.get_last_lr())
         dummy.step()
         schedule.step()
     return rates
@@ -159,7 +160,7 @@ def train_reference(
     ],
 )
 def test_growth_equals_building_a_deeper_network(
-    name: str, options: dict[str, str], accumulate: int, clip: float | None, tmp_path: Path
+    name: str, options: dict[str, Any], accumulate: int, clip: float | None, tmp_path: Path
 ) -> None:
     dropout = 0.0 if name == "timm_vit" else 0.1  # stochastic depth of a block depends on the depth of the network
     module = build(name, dropout=dropout)
@@ -408,7 +409,7 @@ class StopAt(Callback):
 
 
 def test_weights_that_are_loaded_in_the_modules_setup_leave_the_stages_as_they_are(tmp_path: Path) -> None:
-    module = build("plain_torch")
+    module: Any = build("plain_torch")
     pretrained = build("plain_torch", seed=5).state_dict()
     module.setup = lambda stage: module.load_state_dict(pretrained)
     recorder = Recorder(path_of(module))
@@ -542,7 +543,7 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step not in (1, 2, 5):
             return
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer, Callback):
             model = getattr(callback, "_average_model", None)
             if model is not None:
                 blocks = all_blocks(model, f"module.{self.blocks}" if hasattr(model, "module") else self.blocks)
@@ -769,7 +770,8 @@ class MustNotRun(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         raise AssertionError("a batch was trained")
 
-    on_validation_batch_start = on_train_batch_start
+    def on_validation_batch_start(self, *_: Any) -> None:
+        raise AssertionError("a batch was validated")
 
 
 def test_a_model_whose_depth_is_of_no_stage_is_refused(half_grown: Callable[[str], Path], tmp_path: Path) -> None:

@@ -151,8 +151,9 @@ class WithoutWrapping(ProgressiveStacking):
         for parameter in self._paused:
             parameter.requires_grad_(False)
         if first:
-            trainer.strategy.model = trainer.strategy.model.module
-            trainer.strategy.configure_ddp()
+            strategy: Any = trainer.strategy
+            strategy.model = strategy.model.module
+            strategy.configure_ddp()
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -39,7 +39,7 @@ COUNTS: dict[str, tuple[list[int], list[int]]] = {
 def train(case: str, folder: Path, phase: str = "", resume: Path | None = None, ranks: int = 1) -> dict[str, Any]:
     """Train in one process or two; a run of one takes both ranks' batches."""
     module = image_model("by_hand", seed=1 if resume else 0, dropout=0.0, optimizer=OPTIMIZERS["SGD"])
-    options = {"strategy": "ddp", "devices": 2} if ranks > 1 else {}
+    options: dict[str, Any] = {"strategy": "ddp", "devices": 2} if ranks > 1 else {}
     saving = [save_every_step(folder / phase)] if phase == "whole" else []
     parts = [CASES[case](), *saving]
     ran = run(module, sized_loader(8 // ranks), folder, *parts, resume=resume, max_steps=STEPS, **options)

@@ -37,7 +37,7 @@ def bert(seed: int = 0) -> BertMLM:
 
 
 def warm_up(module: LightningModule, data: Any, folder: Path, *also: Callback, **options: Any) -> Ran:
-    limits = {"max_steps": STEPS, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    limits: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": 4, "check_val_every_n_epoch": None}
     return run(module, data, folder, SequenceLengthWarmup(STAGES), *also, **limits, **options)
 
 

@@ -48,7 +48,7 @@ class Remembers(BertMLM):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_easy_tokens_pass_the_middle_by_and_are_told_by_their_running_loss(accumulate: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = Remembers(VOCABULARY, LENGTH, depth=6, width=16, num_heads=2, positions="rotary", lr=3e-2)
+    module: Any = Remembers(VOCABULARY, LENGTH, depth=6, width=16, num_heads=2, positions="rotary", lr=3e-2)
     lengths, dropping = Lengths(), TokenDropping(**EASY, beta=0.9)
     trainer = quiet_trainer(
         tmp_path,

@@ -35,7 +35,7 @@ class Agreement(Callback):
         self.losses: list[float] = []
         self.kept: list[list[list[int]]] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             if kwargs.get("positions") is not None:
                 self.kept.append(kwargs["positions"].tolist())

@@ -61,7 +61,7 @@ def run(tiny_corpus: Path, own_folder: Path) -> Callable[..., dict[str, Any]]:
     def run(*args: str, at: Any = None, bar: bool = False, **options: Any) -> dict[str, Any]:
         Model.act = at
         flags = [f"--data.corpus={tiny_corpus}", *([] if bar else ["--trainer.enable_progress_bar=false"]), *args]
-        kinds = {"technique": ProgressiveStacking, "defaults": DEFAULTS} | options
+        kinds: dict[str, Any] = {"technique": ProgressiveStacking, "defaults": DEFAULTS} | options
         return run_recipe(Model, TextDataModule, args=flags, **kinds)
 
     return run
@@ -369,7 +369,9 @@ def test_the_name_is_that_of_the_file_unless_there_is_none(run, tmp_path):
 def printed_command(text: str) -> list[str]:
     import shlex
 
-    return shlex.split(re.search(r"resume with: (.*)", text)[1])
+    said = re.search(r"resume with: (.*)", text)
+    assert said is not None
+    return shlex.split(said[1])
 
 
 def test_a_preempted_run_resumes_to_the_same_end_in_its_folder(run, capsys):

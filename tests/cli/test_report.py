@@ -1,12 +1,13 @@
 import io
 import os
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from lit_scale.cli.report import amount, saving_line, seconds, stage_table
 
-WIDE = {
+WIDE: dict[str, Any] = {
     "recipe": "bert_progressive_stack",
     "technique": "progressive_stacking",
     "baseline": False,

@@ -10,7 +10,7 @@ from collections import UserDict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from lit_scale.datamodules import ResumableLoader
 from lit_scale.guards import StepSeed
 from lit_scale.models import BertMLM
 from lit_scale.technique import Technique
+from lit_scale.trainers import callbacks_of
 from tests.support.equality import assert_same
 from tests.support.training import quiet_trainer
 
@@ -49,7 +50,7 @@ V, T, M, WIDTH = 24, 8, 2, 16
 
 
 def replaying(trainer: Trainer) -> bool:
-    return any(isinstance(c, CostMeter) and c._replaying for c in trainer.callbacks)
+    return any(meter._replaying for meter in callbacks_of(trainer, CostMeter))
 
 
 class Bert(BertMLM):
@@ -63,7 +64,7 @@ class Bert(BertMLM):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = None if replaying(self.trainer) else self.trainer.fit_loop.total_batch_idx
-        time.sleep(self.naps.get(step, 0.0) + self.nap_when(batch))
+        time.sleep((0.0 if step is None else self.naps.get(step, 0.0)) + self.nap_when(batch))
         return super().training_step(batch, batch_idx)
 
 
@@ -75,7 +76,8 @@ def texts(size: int = 12, batch_size: int = 4, lengths: tuple[int, ...] = (T,), 
         ids = torch.randint(1, V, (lengths[index // batch_size % len(lengths)],), generator=generator)
         return {"input_ids": ids.index_fill(0, torch.arange(M), 0), "positions": torch.arange(M), "labels": ids[:M]}
 
-    return DataLoader([sample(i) for i in range(size)], batch_size, **options)
+    samples: Any = [sample(i) for i in range(size)]
+    return DataLoader(samples, batch_size, **options)
 
 
 class Convolutions(LightningModule):
@@ -114,7 +116,7 @@ class Convolutions(LightningModule):
 
 def images(size: int = 12, batch_size: int = 4) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    data = [(torch.randn(3, 8, 8, generator=generator), i % 4) for i in range(size)]
+    data: Any = [(torch.randn(3, 8, 8, generator=generator), i % 4) for i in range(size)]
     return DataLoader(data, batch_size, generator=torch.Generator())
 
 
@@ -182,7 +184,8 @@ def test_flops_follow_the_formula_at_every_depth_and_shape(tmp_path):
 
 
 def test_flops_equal_an_independent_count_of_a_foreign_module(tmp_path):
-    module, loader = Convolutions(), images()
+    module: Any = Convolutions()
+    loader = images()
     record = fit(tmp_path, module, loader, max_steps=3)
     module.log = lambda *_, **__: None
     module.train()
@@ -254,7 +257,8 @@ class Keeper(Technique):
     """Keeps something, without a cost; what it is told to impose is noted."""
 
     def __init__(self, kept: int) -> None:
-        self.kept, self.imposed = kept, []
+        self.kept = kept
+        self.imposed: list[Any] = []
 
     def plain_step_kind(self):
         return {"kept": 0}
@@ -325,7 +329,7 @@ def test_what_counts_as_a_sample_can_be_said_otherwise(tmp_path):
 
 def everything(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """All that a run leaves behind."""
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     return {
         "weights": module.state_dict(),
         "gradients": [p.grad for p in module.parameters()],
@@ -352,7 +356,7 @@ def both(tmp_path: Path, make: Any, loader: Any, technique: Any = None, **option
             warnings.simplefilter("ignore")
             trainer.fit(module, loader(), loader())
         left.append(everything(trainer, module))
-    return *left, meter
+    return left[0], left[1], meter
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -420,6 +424,7 @@ def test_nothing_is_logged_by_the_replay(tmp_path):
 
     class Logs(Bert):
         def training_step(self, batch, batch_idx):
+            assert self.logger is not None
             self.logger.log_metrics({"seen": 1.0}, step=self.trainer.fit_loop.total_batch_idx)
             return super().training_step(batch, batch_idx)
 
@@ -596,7 +601,7 @@ def test_manual_optimization_is_counted_and_priced_from_the_run(tmp_path):
             self.automatic_optimization = False
 
         def training_step(self, batch):
-            optimizer = self.optimizers()
+            optimizer: Any = self.optimizers()
             loss = F.cross_entropy(self.net(batch[0]), batch[1])
             optimizer.zero_grad()
             self.manual_backward(loss)
@@ -649,7 +654,8 @@ def test_a_plain_step_that_is_only_priced_waits_for_its_batch_too(tmp_path):
             time.sleep(0.01)
             return super().__getitem__(index)
 
-    loader = DataLoader(Slow(texts().dataset), 4)  # 40 ms a batch; a step takes a tenth of that
+    samples: Any = Slow(list(cast(Any, texts().dataset)))
+    loader: Any = DataLoader(samples, 4)  # 40 ms a batch; a step takes a tenth of that
     record = fit(tmp_path, Bert(), loader, Tokens(3), max_steps=9)
     assert not any(kind["plain"] for kind in train_kinds(record) if kind["count"])
     assert record["plain_step_seconds"] > 0.03
@@ -690,8 +696,10 @@ def test_an_exception_in_the_first_step_leaves_no_mode_behind(tmp_path):
 
 # -- resume -----------------------------------------------------------------------------------------------------------
 
-TIMES = ("reference_seconds", "wall_seconds", "cpu_seconds", "peak_memory_bytes", "charges", "seconds_each", "price")
-TIMES += ("prices", "plain_step_seconds", "cost_in_plain_steps")
+TIMES = (
+    *("reference_seconds", "wall_seconds", "cpu_seconds", "peak_memory_bytes", "charges", "seconds_each", "price"),
+    *("prices", "plain_step_seconds", "cost_in_plain_steps"),
+)
 
 
 def without_times(value: Any) -> Any:

@@ -28,7 +28,7 @@ from tests.support.networks import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
-Build = Callable[..., ImageDataModule]
+Build = Callable[..., Any]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -48,9 +48,14 @@ def pattern(tmp_path: Path) -> str:
 def build(pattern: str, tmp_path: Path) -> Build:
     """Make a data module of the shards and set it up."""
 
-    def make(setup: bool = True, **settings: Any) -> ImageDataModule:
-        settings = {"source": pattern, "image_size": 12, "batch_size": 6, "cache_dir": str(tmp_path / "c")} | settings
-        data = ImageDataModule(**settings)
+    def make(setup: bool = True, **settings: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "source": pattern,
+            "image_size": 12,
+            "batch_size": 6,
+            "cache_dir": str(tmp_path / "c"),
+        }
+        data = ImageDataModule(**(defaults | settings))
         if setup:
             data.prepare_data()
             data.setup("fit")
@@ -159,11 +164,11 @@ def test_a_folder_and_its_shards_are_the_same_images(build: Build, pattern: str,
 
 
 def test_images_of_other_shapes_and_modes_become_one(build: Build, tmp_path: Path) -> None:
-    colours = {"RGB": (200, 100, 0), "L": 77, "P": 3, "RGBA": (10, 20, 30, 0), "LA": (9, 255), "1": 1}
+    colours: dict[str, Any] = {"RGB": (200, 100, 0), "L": 77, "P": 3, "RGBA": (10, 20, 30, 0), "LA": (9, 255), "1": 1}
     for number, (mode, colour) in enumerate(colours.items()):
         path = tmp_path / "modes" / "x" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, (7 + number, 20 - number), colour).save(path)  # type: ignore[arg-type]
+        Image.new(mode, (7 + number, 20 - number), colour).save(path)
     data = build(source=str(tmp_path / "modes"), batch_size=1, image_size=10, val_fraction=0.01)
     seen = torch.cat([data.train_set.source.image(number)[None, :, 0, 0] for number in range(6)])
     expected = [np.array(Image.new(mode, (1, 1), colour).convert("RGB"))[0, 0] for mode, colour in colours.items()]
@@ -534,7 +539,8 @@ def test_resumes_exactly(build: Build, tmp_path: Path, workers: int) -> None:
 
     full = Reader()
     quiet_trainer(max_steps=15, callbacks=[SaveEvery(tmp_path)]).fit(full, new())
-    per_epoch = len(full.trainer.train_dataloader)
+    loader: Any = full.trainer.train_dataloader
+    per_epoch = len(loader)
     assert per_epoch == 6
     for steps in (2, 6, 10):  # within an epoch, at its end, within the next
         path = tmp_path / f"{steps}.ckpt"

@@ -138,7 +138,7 @@ class Noise(Keys):
 
 
 def test_seeds_of_workers_are_a_function_of_the_epoch_and_the_rank() -> None:
-    def draw(epoch: int, **place: int) -> list[Any]:
+    def draw(epoch: int, **place: Any) -> list[Any]:
         loader = ResumableLoader(Noise(4), 2, num_workers=2, **place)
         loader.load_state_dict({"epoch": epoch, "batches": 0})
         return batches(loader)
@@ -209,12 +209,17 @@ def test_an_iteration_that_was_left_starts_the_epoch_again() -> None:
     assert len(again) == len(full)
 
 
+def tell_epoch(loader: Any, epoch: int) -> None:
+    """As Lightning does."""
+    loader.sampler.set_epoch(epoch)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_set_after_iter_counts(workers: int) -> None:
     """Lightning calls `iter` first and tells the epoch after (its bug 21938)."""
     loader = ResumableLoader(Keys(4), 4, num_workers=workers)
     iterator = iter(loader)
-    loader.sampler.set_epoch(5)
+    tell_epoch(loader, 5)
     assert next(iterator).tolist() == [[5, index] for index in range(4)]
 
 
@@ -235,10 +240,10 @@ def test_state_and_epoch_together(
     for shuffle, position in ((False, in_order), (True, shuffled)):
         orders = epochs(ResumableLoader(Keys(8), 2, shuffle=shuffle), 4)
         loader = ResumableLoader(Keys(8), 2, shuffle=shuffle)
-        loader.sampler.set_epoch(7)  # told before, and overruled by the state
+        tell_epoch(loader, 7)  # told before, and overruled by the state
         loader.load_state_dict(dict(zip(("epoch", "batches"), state, strict=True)))
         if told is not None:
-            loader.sampler.set_epoch(told)
+            tell_epoch(loader, told)
         iter(loader)  # not used: Lightning does this too
         assert next(iter(loader)).tolist() == orders[4 * position[0] + position[1]]
 
@@ -248,17 +253,17 @@ def test_a_trainer_that_ends_epochs_early_sees_all_samples() -> None:
     expected = epochs(ResumableLoader(Keys(12), 2, shuffle=True), 2)
     seen: list[Any] = []
     for epoch in range(3):  # four batches of six
-        loader.sampler.set_epoch(epoch)
+        tell_epoch(loader, epoch)
         seen += [batch.tolist() for batch in itertools.islice(loader, 4)]
     assert seen == expected
-    loader.sampler.set_epoch(0)  # a new run
+    tell_epoch(loader, 0)  # a new run
     assert next(iter(loader)).tolist() == expected[0]
 
 
 def test_validation_begins_from_the_front() -> None:
     loader = ResumableLoader(Plain(12), 2)
     for epoch in (0, 0, 1):
-        loader.sampler.set_epoch(epoch)
+        tell_epoch(loader, epoch)
         iterator = iter(loader)
         assert [next(iterator).tolist() for _ in range(3)] == [[[-1, 2 * i], [-1, 2 * i + 1]] for i in range(3)]
 
@@ -301,13 +306,13 @@ class SaveAt(Callback):
         trainer.save_checkpoint(path)
         self.saved[path] = len(module.seen)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Recorder, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         self._save(trainer, module, "train_batch_end")
 
-    def on_validation_end(self, trainer: Trainer, module: Recorder) -> None:
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         self._save(trainer, module, "validation_end")
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Recorder) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         self._save(trainer, module, "train_epoch_end")
 
 
@@ -366,7 +371,7 @@ def test_lightning_resumes_two_loaders_exactly(tmp_path: Path, settings: dict[st
             super().__init__(loaders, "max_size_cycle")
 
     class PairRecorder(Recorder):
-        def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        def training_step(self, batch: Any) -> torch.Tensor:
             self.seen.append([part.tolist() for part in batch])
             return self.layer(batch[0].float()).sum()
 
@@ -420,7 +425,7 @@ def test_lightning_may_replace_the_order() -> None:
     assert seen == [[[-1, i] for i in range(4)], [[-1, i] for i in range(4, 8)]] * 2
 
     loader = ResumableLoader(Keys(10), 4, shuffle=False)
-    predictions = quiet_trainer().predict(Recorder(), loader)
+    predictions: Any = quiet_trainer().predict(Recorder(), loader)
     assert predictions is not None
     assert [i for batch in predictions for _, i in batch.tolist()] == list(range(10))
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ def tokens(size: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, SEPARATOR, (size, length))
 
 
-def mask(ids: np.ndarray, indices: np.ndarray | None = None, **changes: float) -> tuple[np.ndarray, ...]:
+def mask(ids: np.ndarray, indices: np.ndarray | None = None, **changes: Any) -> tuple[np.ndarray, ...]:
     indices = np.arange(len(ids)) if indices is None else indices
     settings: dict = {"rate": 0.15, "vocab_size": VOCAB, "mask_id": MASK, "special_ids": (SEPARATOR, MASK)}
     settings |= {"seed": 0, "epoch": 0} | changes
@@ -113,7 +114,7 @@ def test_masks_are_a_function_of_seed_epoch_and_index() -> None:
         assert (part == np.concatenate(single)).all()
 
     for change in ({"seed": 1}, {"epoch": 1}, {"indices": np.arange(50, 100)}):
-        _, positions, _ = mask(ids, **change)  # type: ignore[arg-type]
+        _, positions, _ = mask(ids, **change)
         same = (positions == whole[1]).all(axis=1)
         assert same.sum() == 0
 

@@ -117,7 +117,12 @@ def test_the_index_is_kept_until_a_shard_changes(
 ) -> None:
     scans: list[int] = []
     scan = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda paths: scans.append(len(paths)) or scan(paths))
+
+    def noted(paths: Any) -> Any:
+        scans.append(len(paths))
+        return scan(paths)
+
+    monkeypatch.setattr(shards, "_scan", noted)
     first = index(pattern)
     assert index(pattern)[20] == first[20]
     assert scans == [3]
@@ -422,7 +427,7 @@ def test_half_a_shard_is_none(tmp_path: Path) -> None:
 def test_writing_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     write_shards(pictures(1), tmp_path, name="old")
     with pytest.raises(ValueError, match=message):
-        write_shards(**({"samples": pictures(2), "folder": tmp_path} | options))
+        write_shards(options.pop("samples", pictures(2)), tmp_path, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["old-000000.tar"]
 
 

@@ -27,15 +27,16 @@ from tests.support.networks import Reader
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
-Build = Callable[..., TextDataModule]
+Build = Callable[..., Any]
 
 
 @pytest.fixture
 def build(tiny_corpus: Path, tmp_path: Path) -> Build:
     """Make a data module of the tiny corpus and set it up."""
 
-    def make(setup: bool = True, **settings: Any) -> TextDataModule:
-        settings = {"corpus": str(tiny_corpus), "cache_dir": str(tmp_path / "cache"), "batch_size": 8} | settings
+    def make(setup: bool = True, **settings: Any) -> Any:
+        defaults: dict[str, Any] = {"corpus": str(tiny_corpus), "cache_dir": str(tmp_path / "cache"), "batch_size": 8}
+        settings = defaults | settings
         if settings.get("tokenizer") == "bpe":
             settings.setdefault("vocab_size", 400)
         data = TextDataModule(**settings)
@@ -483,7 +484,8 @@ def test_resumes_exactly(build: Build, checkpoint: Callable[..., Path], workers:
 
     full = Reader()
     quiet_trainer(max_steps=10).fit(full, new())
-    per_epoch = len(full.trainer.train_dataloader)
+    loader: Any = full.trainer.train_dataloader
+    per_epoch = len(loader)
     assert per_epoch < 8
     for steps in (2, per_epoch, per_epoch + 1):
         path = checkpoint(steps, batch_size=64, sequence_length=128)

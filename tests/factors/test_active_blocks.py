@@ -67,8 +67,9 @@ class Depths(Callback):
     def __init__(self) -> None:
         self.seen: dict[str, list[tuple[int, ...]]] = {}
 
-    def note(self, hook: str, trainer: Trainer, module: LightningModule) -> None:
-        depths = tuple(len(model.net.layers) for model in [module, *averages(trainer)])
+    def note(self, hook: str, trainer: Trainer, module: Any) -> None:
+        models: list[Any] = [module, *averages(trainer)]
+        depths = tuple(len(model.net.layers) for model in models)
         self.seen.setdefault(hook, []).append(depths)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -105,10 +106,10 @@ def test_copies_take_weights_averages_optimizer_state_and_what_others_keep(tmp_p
                     one, other = (dict(find_blocks(model).blocks[i].named_parameters()) for i in (0, 2))
                     assert all(torch.equal(one[name], other[name]) for name in one)
                 optimizer = trainer.optimizers[0]
-                one, other = (list(find_blocks(pl_module).blocks[i].parameters()) for i in (1, 3))
-                for a, b in zip(one, other, strict=True):
-                    assert slots(optimizer, a).keys() == slots(optimizer, b).keys() != set()
-                    assert all(map(torch.equal, slots(optimizer, a).values(), slots(optimizer, b).values()))
+                pairs = zip(*(find_blocks(pl_module).blocks[i].parameters() for i in (1, 3)), strict=True)
+                for a, b in pairs:
+                    assert slots(optimizer, a)
+                    assert_same(slots(optimizer, a), slots(optimizer, b))
                 found["looked"] = True
 
     copies = Copies()
@@ -135,7 +136,12 @@ def test_a_resumed_run_ends_like_the_whole_one(make: type[ActiveBlocks], stop: i
 def test_blocks_of_one_step_are_those_of_all_its_micro_batches_and_of_nothing_else(tmp_path: Path) -> None:
     depths, recorder = Depths(), Recorder("net.layers")
     saver = save_every_step(tmp_path / "saved")
-    also = {"accumulate_grad_batches": 2, "val_check_interval": 1, "enable_checkpointing": True, "max_epochs": 2}
+    also: dict[str, Any] = {
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 1,
+        "enable_checkpointing": True,
+        "max_epochs": 2,
+    }
     fit(tmp_path, Skipping(), EMAWeightAveraging(decay=0.9), depths, recorder, saver, **also)
     assert depths.seen["start"] == [(3, 4), (3, 4), (3, 4), (3, 4), (4, 4), (4, 4), (3, 4), (3, 4)]
     assert set(depths.seen["end"]) == set(depths.seen["validation"]) == {(4, 4)}
@@ -210,12 +216,13 @@ def test_a_cut_lets_no_gradient_down_until_it_is_mended() -> None:
     module = build("plain_torch")
     stack = find_blocks(module)
     batch, mend = next(iter(loader("plain_torch"))), stack.cut(2)
+    blocks: list[Any] = stack.blocks
     module.per_sample_loss(batch).sum().backward()
-    assert [block.inner.weight.grad is None for block in stack.blocks] == [True, True, False, False]
+    assert [block.inner.weight.grad is None for block in blocks] == [True, True, False, False]
     mend()
     assert "forward" not in vars(stack.blocks[2])
     module.per_sample_loss(batch).sum().backward()
-    assert not any(block.inner.weight.grad is None for block in stack.blocks)
+    assert not any(block.inner.weight.grad is None for block in blocks)
 
 
 def test_depths_are_whole_numbers_of_blocks() -> None:

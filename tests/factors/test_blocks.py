@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from lit_scale.factors.blocks import BlockList, BlockStack, find_blocks
 from tests.support.data import CLASSES, LENGTH, VOCABULARY
+from tests.support.equality import assert_same
 from tests.support.networks import DEPTH, FOREIGN, WIDTH, build
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -102,10 +103,9 @@ def test_a_gated_network_computes_what_a_truncated_one_does(name: str, active: t
             one.square().mean().backward()
             other.square().mean().backward()
     assert [key for key, _ in network.named_parameters()] == names
-    expected = [None if p.grad is None else p.grad for p in small.parameters()]
+    expected = [p.grad for p in small.parameters()]
     found = [p.grad for p in network.parameters() if not any(p is q for q in hidden_parameters(stack))]
-    assert len(found) == len(expected)
-    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_same(found, expected)
     assert all(p.grad is None for p in hidden_parameters(stack))
     stack.activate(range(DEPTH))
     network.train()
@@ -138,7 +138,8 @@ def test_nothing_is_left_of_the_gate_once_all_blocks_run(name: str) -> None:
     assert list(network.state_dict()) == keys
     stack.activate([0])
     stack.release()
-    assert len(stack.container) == 1  # a network is not deepened by the way
+    container: Any = stack.container
+    assert len(container) == 1  # a network is not deepened by the way
     stack.activate(range(DEPTH))
     stack.release()
     assert type(stack.container) is kind
@@ -151,7 +152,7 @@ def test_a_gated_list_shows_its_active_blocks_however_it_is_read() -> None:
     stack = find_blocks(network)
     blocks = stack.blocks
     stack.activate([3, 1])
-    shown = network.layers
+    shown: Any = network.layers
     assert list(shown) == [blocks[1], blocks[3]]
     assert list(shown.children()) == [blocks[1], blocks[3]]
     assert (shown[0], shown[-1], len(shown)) == (blocks[1], blocks[3], 2)
@@ -181,7 +182,7 @@ def test_what_is_done_to_a_whole_network_reaches_its_hidden_blocks() -> None:
     stack.activate([0])
     network.eval()
     network.double()
-    visited = []
+    visited: list[nn.Module] = []
     network.apply(visited.append)
     network.requires_grad_(False)
     for block in stack.blocks:
@@ -194,7 +195,8 @@ def test_gradient_checkpointing_runs_the_active_blocks_only() -> None:
     network = made("timm_vit")
     find_blocks(network).activate([0, 2])
     expected = run("timm_vit", network)
-    network.set_grad_checkpointing(True)
+    checkpointed: Any = network
+    checkpointed.set_grad_checkpointing(True)
     assert torch.equal(run("timm_vit", network), expected)
     body = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)))
     find_blocks(nn.ModuleDict({"body": body})).activate([1, 2])
@@ -425,7 +427,7 @@ def test_a_compiled_network_recompiles_once_for_each_set_of_active_blocks(name: 
     torch._dynamo.reset()
     network = made(name).eval()
     graphs = CountingBackend()
-    compiled = torch.compile(network, backend=graphs)
+    compiled: Any = torch.compile(network, backend=graphs)
     stack = find_blocks(network)
     counts = []
     for active in [(0,), (0, 1), (1, 3), (0, 1, 2, 3), (0,), (1, 3)]:

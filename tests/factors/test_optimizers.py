@@ -28,7 +28,7 @@ class Nested(Optimizer):
         super().__init__(parameters, {"lr": 1e-2})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -58,7 +58,7 @@ def batches() -> list[dict[str, Tensor]]:
     return list(loader("plain_torch", size=32))
 
 
-def step(module: nn.Module, optimizer: Optimizer, batch: dict[str, Tensor]) -> None:
+def step(module: Any, optimizer: Optimizer, batch: dict[str, Tensor]) -> None:
     torch.manual_seed(3)
     optimizer.zero_grad()
     module.per_sample_loss(batch).mean().backward()
@@ -109,7 +109,7 @@ def reference(make: MakeOptimizer, rule: str, shallow: nn.Module, other: Optimiz
         if "step" in old:
             group["step"] = copy.deepcopy(old["step"])
     if hasattr(other, "initialized"):  # bitsandbytes notes that its tables exist
-        optimizer.initialized = True
+        cast(Any, optimizer).initialized = True
     return module, optimizer
 
 
@@ -197,12 +197,13 @@ def test_sources_without_state_and_optimizers_of_other_parameters_are_passed_ove
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {"foreach": True}], ids=str)
-def test_counters_on_the_device_are_copied_on_the_device(options: dict[str, bool]) -> None:
+def test_counters_on_the_device_are_copied_on_the_device(options: dict[str, Any]) -> None:
     a, b = (nn.Parameter(torch.ones(2, device="cuda")) for _ in range(2))
     optimizer = torch.optim.AdamW([a, b], **options)
     a.sum().backward()
     optimizer.step()
-    for rule, expected in (("copy", 1.0), ("copy_step0", 0.0)):
+    rules: list[tuple[Any, float]] = [("copy", 1.0), ("copy_step0", 0.0)]
+    for rule, expected in rules:
         transfer_state([optimizer], [(a, b)], rule)
         counter, source = optimizer.state[b]["step"], optimizer.state[a]["step"]
         assert counter.device == source.device
@@ -334,7 +335,7 @@ def test_a_step_inside_a_step_is_scaled_once() -> None:
         pass
 
     class Twice(Base):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             super().step(closure)
             for group in self.param_groups:
                 for p in group["params"]:

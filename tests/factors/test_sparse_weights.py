@@ -58,7 +58,8 @@ class Watcher(Callback):
     """Behind the technique: that what is inactive is 0 wherever it is kept."""
 
     def __init__(self, sparsity: SparseWeights) -> None:
-        self.sparsity, self.active, self.checked = sparsity, [], 0
+        self.sparsity, self.checked = sparsity, 0
+        self.active: list[Any] = []
 
     def inactive(self) -> Any:
         for part in self.sparsity.parts:
@@ -144,7 +145,8 @@ def test_the_gradient_is_dense_where_a_step_asks_for_it(kind: str, tmp_path: Pat
 
     class Looks(Callback):  # in front of the technique
         def on_before_optimizer_step(self, *_: Any) -> None:
-            off = [p.grad[~m.expand_as(p)].any() for part in sparsity.parts for p, m in part.masks()]
+            pairs: list[Any] = [pair for part in sparsity.parts for pair in part.masks()]
+            off = [p.grad[~m.expand_as(p)].any() for p, m in pairs]
             seen.append(bool(torch.stack(off).any()))
 
     fit(tmp_path, Looks(), sparsity)
@@ -159,7 +161,7 @@ def test_all_units_are_computed_where_a_technique_shows_them(tmp_path: Path) -> 
     class Shows(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             group.show(everything=trainer.global_step == 1)
-            part = next(part for part in group.parts if part.name.endswith("down"))
+            part: Any = next(part for part in group.parts if part.name.endswith("down"))
             widths.append(part.ins[0](torch.zeros(1, part.ins[0].in_features)).shape[1])
 
     fit(tmp_path, group, Shows())
@@ -190,7 +192,8 @@ def test_copied_weights_have_the_mask_of_their_originals(tmp_path: Path) -> None
     sparsity, module = Largest(0.3, granularity="weight"), build("bert")
     trainer = quiet_trainer(tmp_path, callbacks=[sparsity])
     sparsity.setup(trainer, module, "fit")
-    one, other = next((a, b) for a in sparsity.parts for b in sparsity.parts if a is not b and a.grid == b.grid)
+    parts: list[Any] = sparsity.parts
+    one, other = next((a, b) for a in parts for b in parts if a is not b and a.grid == b.grid)
     assert not torch.equal(one.active, other.active)
     with torch.no_grad():
         other.parameter.copy_(one.parameter)

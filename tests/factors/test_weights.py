@@ -3,6 +3,7 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_masked_weights_are_zero_even_if_an_optimizer_left_no_number_there() -> 
     line = nn.Linear(3, 2, bias=False)
     average = nn.Linear(3, 2, bias=False)
     masks = WeightMasks(line)
-    masks.set(line.weight, torch.tensor([[True], [False]]))  # broadcast over a row
+    masks.set(line.get_parameter("weight"), torch.tensor([[True], [False]]))  # broadcast over a row
     kept = line.weight[0].clone(), average.weight[0].clone()
     with torch.no_grad():
         line.weight[1, 0] = math.nan
@@ -140,6 +141,7 @@ def test_masked_weights_are_zero_even_if_an_optimizer_left_no_number_there() -> 
         assert torch.equal(weight, torch.stack([first, torch.zeros(3)]))
     line(torch.ones(1, 3)).sum().backward()
     masks.zero_gradients()
+    assert line.weight.grad is not None
     assert torch.equal(line.weight.grad, torch.tensor([[1.0] * 3, [0.0] * 3]))
 
 
@@ -196,7 +198,7 @@ def test_slots_that_hold_two_averages_are_zeroed_entry_by_entry(name: str) -> No
 
 def test_vectors_without_a_gradient_are_one_product_of_the_matrix() -> None:
     line = nn.Linear(4, 6)
-    cells = Cells("weight", line.weight, line, side=2)
+    cells = Cells("weight", line.get_parameter("weight"), line, side=2)
     cells.active = torch.tensor([True, False, True, False, False, True])  # 12 weights are not
     handle = cells.watch()
     line(torch.ones(5, 2, 4)).sum().backward()
@@ -233,7 +235,7 @@ def shown(module: nn.Module, share: float) -> tuple[list[UnitGroup], WeightMasks
 @pytest.mark.parametrize("name", ["bert", "rotary", "timm_vit", "hf_bert", "torch_encoder", "plain_torch"])
 def test_shown_units_compute_what_the_masked_network_does(name: str, training: bool) -> None:
     plain = "bert" if name == "rotary" else name
-    options = {"positions": "rotary"} if name == "rotary" else {}
+    options: dict[str, Any] = {"positions": "rotary"} if name == "rotary" else {}
     module = build(plain, dropout=0.0, **options).train(training)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -259,7 +261,7 @@ def test_shown_units_compute_what_the_masked_network_does(name: str, training: b
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert ours.keys() == theirs.keys()
     for key, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(gradient, theirs[key], rtol=1e-4, atol=1e-5, msg=f"the gradient of {key}")
 
 
 def test_a_released_network_is_as_it_was() -> None:
@@ -312,6 +314,10 @@ def test_new_weights_are_as_large_as_the_active_ones() -> None:
 class FeedForward(nn.Module):
     """On a stream 4 wide, with layers named and made in the order given: 'u' and 'g' lead in, 'd' leads out."""
 
+    u: nn.Module
+    g: nn.Module
+    d: nn.Module
+
     def __init__(self, order: str = "ud", hidden: int = 6) -> None:
         super().__init__()
         self.order = order
@@ -335,8 +341,8 @@ class Projected(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v, o = (getattr(self, name) for name in self.names)
-        heads = [part(x).unflatten(-1, (-1, 3)).transpose(1, 2) for part in (q, k, v)]
-        scored = nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
+        q, k, v = (part(x).unflatten(-1, (-1, 3)).transpose(1, 2) for part in (q, k, v))
+        scored = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return x + o(scored.transpose(1, 2).flatten(2))
 
 
@@ -411,7 +417,7 @@ def test_neurons_of_hugging_face_t5() -> None:
 def test_groups_that_share_a_layer_are_released_in_any_order(order: tuple[str, ...], own: bool) -> None:
     up, down = nn.Linear(2, 3), nn.Linear(3, 2)
     if own:
-        up.forward = functools.partial(F.linear, weight=up.weight)
+        vars(up)["forward"] = functools.partial(F.linear, weight=up.weight)
     before = [vars(layer).get("forward") for layer in (up, down)]
     each = torch.arange(3)[:, None]
     groups = {name: UnitGroup(name, "neurons", [up], down, [each], each) for name in "abc"}

@@ -219,7 +219,12 @@ def test_checksums_are_written_even_when_switched_off(folder: Path, good: Path) 
 def test_remote_targets_go_lightnings_way(monkeypatch: pytest.MonkeyPatch, good: Path) -> None:
     plugin, content, calls = SafeCheckpointIO(), load_checkpoint(good), []
     parent = TorchCheckpointIO.save_checkpoint
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", lambda *args: calls.append(args) or parent(*args))
+
+    def noted(*args: Any) -> None:
+        calls.append(args)
+        parent(*args)
+
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", noted)
     plugin.save_checkpoint(content, "memory://here/a.ckpt")
     assert len(calls) == 1
     assert same(plugin.load_checkpoint("memory://here/a.ckpt")["state_dict"], content["state_dict"])
@@ -323,7 +328,7 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["old.ckpt", "new.ckpt"])
 def test_full_disk(tmp_path: Path, size: int, name: str) -> None:
     plugin = SafeCheckpointIO()
-    content = {"pytorch-lightning_version": "2.6.6", "weights": torch.ones(100)}
+    content: dict[str, Any] = {"pytorch-lightning_version": "2.6.6", "weights": torch.ones(100)}
     plugin.save_checkpoint(content, tmp_path / "old.ckpt")
     larger = content | {"weights": torch.ones(200_000)}
     with largest_file(size), pytest.raises(CheckpointWriteError, match=f"{tmp_path / name}: File too large") as caught:

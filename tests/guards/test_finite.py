@@ -37,7 +37,9 @@ class Faulty(Net):
         super().__init__()
         self.fault, self.batch = fault, batch
         if fault == "gradient":
-            self.body[0].weight.register_hook(lambda g: g.index_fill(0, torch.tensor(1), math.inf) if self.now else g)
+            self.body[0].get_parameter("weight").register_hook(
+                lambda g: g.index_fill(0, torch.tensor(1), math.inf) if self.now else g
+            )
 
     @property
     def now(self) -> bool:

@@ -169,9 +169,15 @@ def test_it_works_again_in_the_same_process(tmp_path: Path) -> None:
 
 def test_a_repeated_signal_does_not_cut_the_teardown_short(tmp_path: Path) -> None:
     guard = PreemptionGuard(tmp_path)
-    stopped, seen = trainer_of(tmp_path, guard, Signal("batch", 3)), []
+    stopped: Any = trainer_of(tmp_path, guard, Signal("batch", 3))
+    seen: list[Any] = []
     teardown = stopped.strategy.teardown
-    stopped.strategy.teardown = lambda: seen.append(signal.getsignal(signal.SIGTERM)) or teardown()
+
+    def noted() -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        teardown()
+
+    stopped.strategy.teardown = noted
     with pytest.raises(SystemExit):
         stopped.fit(Net(), numbers())
     assert seen == [guard._note]

@@ -45,4 +45,4 @@ def fit(name: str, folder: Path, phase: str, resume: Path | None) -> dict[str, A
 if __name__ == "__main__":
     names, root = cases_asked_for()
     for name in names:
-        run_phases(name, root, (STOP,), lambda *args, name=name: fit(name, *args))  # type: ignore[misc]
+        run_phases(name, root, (STOP,), lambda *args, name=name: fit(name, *args))

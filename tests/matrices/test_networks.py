@@ -43,7 +43,7 @@ def wrapped(module: nn.Module) -> set[str]:
 
 
 def test_what_hangs_on_a_network_is_seen() -> None:
-    module = PLACES["plain_torch"].network()
+    module: Any = PLACES["plain_torch"].network()
     assert wrapped(module) == set()
     module.net.stem.register_forward_hook(lambda *_: None)
     module.net.head.forward = module.net.head.forward

@@ -1,6 +1,7 @@
 """Every technique: a run that is resumed at any of several steps ends as the uninterrupted one, to the last bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 STOPS = (1, 3, 4, 6, 7)  # first steps, before and at a change, at the end of an epoch, the last step
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
+@pytest.fixture(params=list(CASES.values()), ids=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     return found
@@ -33,7 +34,7 @@ def test_without_counted_randomness_a_resumed_run_differs(case: Case, tmp_path: 
     ends = []
     for resume in (None, None, tmp_path / "saved" / "step=3.ckpt"):
         torch.manual_seed(7)
-        saving = {"resume": resume} if resume else {"save": tmp_path / "saved"}
+        saving: dict[str, Any] = {"resume": resume} if resume else {"save": tmp_path / "saved"}
         trainer, _ = train(case.home, tmp_path, case.make(), step_seed=False, **saving)
         ends.append(left(trainer)["weights"])
     assert_same(ends[0], ends[1], "the run itself repeats")

@@ -1,5 +1,6 @@
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from lit_scale.factors.blocks import find_blocks
 from lit_scale.models import BertMLM
+from tests.support.data import as_loader
 from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,7 +36,7 @@ def batch_of(size=4, length=T, seed=0):
 
 
 def loader_of(count=10):
-    return DataLoader([batch_of(seed=seed) for seed in range(count)], batch_size=None)
+    return as_loader([batch_of(seed=seed) for seed in range(count)])
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -46,9 +47,10 @@ def huggingface_twin(model):
 
     Of its embedding, what ours does not have is taken out: the sum over token types and the norm behind it.
     """
-    from transformers import BertConfig, BertForMaskedLM
+    import transformers
 
-    config = BertConfig(
+    hugging_face: Any = transformers  # whose classes are not typed in full
+    config = hugging_face.BertConfig(
         vocab_size=V,
         hidden_size=C,
         num_hidden_layers=2,
@@ -60,7 +62,7 @@ def huggingface_twin(model):
         layer_norm_eps=1e-5,
         attn_implementation="eager",
     )
-    theirs = BertForMaskedLM(config)
+    theirs = hugging_face.BertForMaskedLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -70,7 +72,8 @@ def huggingface_twin(model):
         embeddings.word_embeddings.weight.copy_(model.embedding.tokens.weight)
         embeddings.position_embeddings.weight.copy_(model.embedding.positions)
         for layer, block in zip(theirs.bert.encoder.layer, find_blocks(model).blocks, strict=True):
-            attention, own = layer.attention, block.attention
+            ours: Any = block
+            attention, own = layer.attention, ours.attention
             for part, weight, bias in zip(
                 (attention.self.query, attention.self.key, attention.self.value),
                 own.qkv.weight.chunk(3),
@@ -80,10 +83,10 @@ def huggingface_twin(model):
                 part.weight.copy_(weight)
                 part.bias.copy_(bias)
             attention.output.dense.load_state_dict(own.out.state_dict())
-            attention.output.LayerNorm.load_state_dict(block.attention_residual.norm.state_dict())
-            layer.intermediate.dense.load_state_dict(block.feedforward.up.state_dict())
-            layer.output.dense.load_state_dict(block.feedforward.down.state_dict())
-            layer.output.LayerNorm.load_state_dict(block.feedforward_residual.norm.state_dict())
+            attention.output.LayerNorm.load_state_dict(ours.attention_residual.norm.state_dict())
+            layer.intermediate.dense.load_state_dict(ours.feedforward.up.state_dict())
+            layer.output.dense.load_state_dict(ours.feedforward.down.state_dict())
+            layer.output.LayerNorm.load_state_dict(ours.feedforward_residual.norm.state_dict())
         head.transform.dense.load_state_dict(model.head[0].state_dict())
         head.transform.LayerNorm.load_state_dict(model.head[2].state_dict())
         head.decoder.weight = embeddings.word_embeddings.weight
@@ -276,7 +279,7 @@ def test_it_learns(tmp_path):
 def test_metrics_are_those_of_the_whole_set(tmp_path):
     model = bert(init_std=0.5)
     batches = [batch_of(4, seed=1), batch_of(4, seed=2), batch_of(1, seed=3)]  # the last one is smaller
-    found = quiet_trainer(tmp_path).validate(model, DataLoader(batches, batch_size=None), verbose=False)[0]
+    found = quiet_trainer(tmp_path).validate(model, as_loader(batches), verbose=False)[0]
 
     logits = torch.cat([model(batch["input_ids"], batch["positions"]).flatten(0, 1) for batch in batches])
     labels = torch.cat([batch["labels"].flatten() for batch in batches])
@@ -361,12 +364,14 @@ def test_clipping_under_mixed_precision(tmp_path):
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(model, torch.utils.data.DataLoader([data] * 4, batch_size=2))
+    samples: Any = [data] * 4
+    trainer.fit(model, torch.utils.data.DataLoader(samples, batch_size=2))
     assert trainer.global_step == 2
 
 
 def test_positions_are_initialised_like_everything_else():
     model = BertMLM(50, 64, depth=1, width=64, num_heads=1, init_std=0.2)
+    assert model.embedding.positions is not None
     assert model.embedding.positions.std().item() == pytest.approx(0.2, rel=0.1)
 
 

@@ -1,16 +1,17 @@
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from lit_scale.callbacks import ProgressiveStacking
 from lit_scale.datamodules import TextDataModule
 from lit_scale.models import GPT
+from tests.support.data import as_loader
 from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
@@ -30,7 +31,7 @@ def batch_of(size=4, length=T, seed=0):
 
 
 def loader_of(count=8, size=4):
-    return DataLoader([batch_of(size, seed=seed) for seed in range(count)], batch_size=None)
+    return as_loader([batch_of(size, seed=seed) for seed in range(count)])
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -38,9 +39,10 @@ def loader_of(count=8, size=4):
 
 def huggingface_twin(model):
     """Hugging Face's GPT2LMHeadModel with the weights of ours, drawn anew so that no bias is zero."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    import transformers
 
-    config = GPT2Config(
+    hugging_face: Any = transformers  # whose classes are not typed in full
+    config = hugging_face.GPT2Config(
         vocab_size=V,
         n_positions=T,
         n_embd=C,
@@ -52,7 +54,7 @@ def huggingface_twin(model):
         attn_pdrop=0.0,
         attn_implementation="eager",
     )
-    theirs = GPT2LMHeadModel(config)
+    theirs = hugging_face.GPT2LMHeadModel(config)
     body = theirs.transformer
     pairs = {
         model.embedding.tokens.weight: body.wte.weight,
@@ -179,7 +181,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
         halves = [batch_of(4, seed=seed) for seed in range(8)]
         pairs = zip(halves[::2], halves[1::2], strict=True)
         wholes = [{"input_ids": torch.cat([a["input_ids"], b["input_ids"]])} for a, b in pairs]
-        trainer.fit(model, DataLoader(halves if accumulate == 2 else wholes, batch_size=None))
+        trainer.fit(model, as_loader(halves if accumulate == 2 else wholes))
         assert trainer.global_step == 4
         weights.append(model.state_dict())
     assert not torch.equal(weights[0]["embedding.positions"], gpt().embedding.positions)
@@ -193,7 +195,7 @@ def test_it_learns_a_repeating_pattern(tmp_path):
     periods = torch.randint(8, (400, 16, 3), generator=generator)
     batches = [{"input_ids": period.repeat(1, 4)} for period in periods]
     model = gpt(vocab_size=8, width=32, lr=1e-2, weight_decay=0.01)
-    quiet_trainer(tmp_path, max_epochs=1).fit(model, DataLoader(batches[:-8], batch_size=None))
+    quiet_trainer(tmp_path, max_epochs=1).fit(model, as_loader(batches[:-8]))
     with torch.no_grad():
         losses = torch.stack(
             [F.cross_entropy(model(b["input_ids"])[:, 2:-1].mT, b["input_ids"][:, 3:]) for b in batches[-8:]]
@@ -214,7 +216,7 @@ def test_it_trains_on_text_without_masks(tiny_corpus, tmp_path):
 def test_metrics_are_those_of_the_whole_set(tmp_path):
     model = gpt(init_std=0.5)
     batches = [batch_of(4, seed=1), batch_of(4, seed=2), batch_of(1, seed=3)]  # the last one is smaller
-    (found,) = quiet_trainer(tmp_path).validate(model, DataLoader(batches, batch_size=None), verbose=False)
+    (found,) = quiet_trainer(tmp_path).validate(model, as_loader(batches), verbose=False)
     ids = torch.cat([batch["input_ids"] for batch in batches])
     loss = F.cross_entropy(model(ids)[:, :-1].mT, ids[:, 1:]).item()
     assert found["val/loss"] == pytest.approx(loss, rel=1e-5)

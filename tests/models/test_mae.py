@@ -1,5 +1,6 @@
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lit_scale.models import MaskedAutoencoder
 from lit_scale.models.mae import patches_of
+from tests.support.data import as_loader
 from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
@@ -20,7 +22,7 @@ N, SEEN = 16, 4  # patches of an image; those that are not hidden
 
 def mae(**options):
     torch.manual_seed(0)
-    defaults = {
+    defaults: dict[str, Any] = {
         "image_size": S,
         "patch_size": P,
         "architecture": "vit_tiny_patch16_224",
@@ -275,8 +277,8 @@ def test_it_learns_what_follows_from_the_visible_patches(encode_masked, tmp_path
     model = mae(encode_masked=encode_masked, lr=1e-2, norm_pixels=False)
     batches = plain_colours()
     trainer = quiet_trainer(tmp_path, max_steps=100)
-    trainer.fit(model, DataLoader(batches[:-4], batch_size=None))
-    (found,) = trainer.validate(model, DataLoader(batches[-4:], batch_size=None), verbose=False)
+    trainer.fit(model, as_loader(batches[:-4]))
+    (found,) = trainer.validate(model, as_loader(batches[-4:]), verbose=False)
     variance = torch.cat([images for images, _ in batches[-4:]]).var().item()  # the loss without a look at the image
     assert found["val/loss"] < 0.3 * variance
 
@@ -284,11 +286,8 @@ def test_it_learns_what_follows_from_the_visible_patches(encode_masked, tmp_path
 @pytest.mark.filterwarnings("ignore:.*batch_size")
 def test_validation_hides_the_same_patches_every_time_and_leaves_no_trace(tmp_path):
     model, trainer = mae(norm_pixels=False), quiet_trainer(tmp_path)
-    loader = DataLoader(
-        [(images_of(4, seed=1),), (images_of(4, seed=2),), (images_of(1, seed=3) * 3,)],
-        batch_size=None,
-        generator=torch.Generator(),
-    )
+    batches: Any = [(images_of(4, seed=1),), (images_of(4, seed=2),), (images_of(1, seed=3) * 3,)]
+    loader: Any = DataLoader(batches, batch_size=None, generator=torch.Generator())
     torch.manual_seed(5)
     state = torch.get_rng_state()
     found = [trainer.validate(model, loader, verbose=False)[0]["val/loss"] for _ in range(2)]
@@ -303,7 +302,7 @@ def test_validation_hides_the_same_patches_every_time_and_leaves_no_trace(tmp_pa
 def test_a_checkpoint_brings_model_settings_and_the_place_of_the_mask_token_back(encode_masked, tmp_path):
     model = mae()
     model.encode_masked = encode_masked  # as the technique does, after construction
-    loaded = trained_and_reloaded(model, DataLoader(plain_colours(4), batch_size=None), tmp_path)
+    loaded = trained_and_reloaded(model, as_loader(plain_colours(4)), tmp_path)
     assert loaded.encode_masked is encode_masked
     one, other = (m.eval().per_sample_loss(images_of(), torch.Generator().manual_seed(0)) for m in (loaded, model))
     assert torch.equal(one, other)

@@ -18,6 +18,7 @@ from lit_scale.cli.report import saving_line
 from lit_scale.datamodules import ImageDataModule
 from lit_scale.factors.blocks import find_blocks
 from lit_scale.models import ViTClassifier
+from tests.support.data import as_loader
 from tests.support.training import quiet_trainer, trained_and_reloaded
 
 pytestmark = pytest.mark.filterwarnings(
@@ -27,9 +28,9 @@ pytestmark = pytest.mark.filterwarnings(
 K, S = 7, 16
 
 
-def vit(**options: Any) -> ViTClassifier:
+def vit(**options: Any) -> Any:
     torch.manual_seed(0)
-    tiny = {"num_classes": K, "image_size": S, "patch_size": 4, "depth": 2, "width": 16, "num_heads": 2}
+    tiny: dict[str, Any] = {"num_classes": K, "image_size": S, "patch_size": 4, "depth": 2, "width": 16, "num_heads": 2}
     return ViTClassifier(**(tiny | options))
 
 
@@ -39,7 +40,7 @@ def batch_of(size: int = 4, seed: int = 0, side: int = S) -> tuple[Tensor, Tenso
 
 
 def loader_of(count: int = 10) -> DataLoader[Any]:
-    return DataLoader([batch_of(seed=seed) for seed in range(count)], batch_size=None)  # type: ignore[arg-type]
+    return as_loader([batch_of(seed=seed) for seed in range(count)])
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_initial_weights_have_the_scale_asked_for() -> None:
 
 
 def test_the_architecture_decides_what_is_not_given() -> None:
-    model = ViTClassifier("vit_tiny_patch16_224", num_classes=K, depth=1)
+    model: Any = ViTClassifier("vit_tiny_patch16_224", num_classes=K, depth=1)
     assert model.net.embed_dim == 192
     assert model.net.patch_embed.patch_size == (16, 16)
     assert model.net.blocks[0].attn.num_heads == 3
@@ -143,7 +144,7 @@ def test_it_can_be_compiled_in_one_piece() -> None:
 def test_decay_is_for_matrices_only(tmp_path: Path) -> None:
     model = vit(weight_decay=0.3, lr=0.5, beta2=0.9)
     model.trainer = quiet_trainer(tmp_path, max_steps=10)
-    optimizer = model.configure_optimizers()["optimizer"]  # type: ignore[index]
+    optimizer = model.configure_optimizers()["optimizer"]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {g["weight_decay"]: {names.pop(id(p)) for p in g["params"]} for g in optimizer.param_groups}
     assert not names  # each parameter in one group
@@ -170,7 +171,7 @@ def test_it_learns(optimizer: str, tmp_path: Path) -> None:
 def test_metrics_are_those_of_the_whole_set(tmp_path: Path) -> None:
     model = vit(label_smoothing=0.5)
     batches = [batch_of(4, seed=1), batch_of(4, seed=2), batch_of(1, seed=3)]  # the last one is smaller
-    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    loader = as_loader(batches)
     found = quiet_trainer(tmp_path).validate(model, loader, verbose=False)[0]
     logits, labels = torch.cat([model(images) for images, _ in batches]), torch.cat([labels for _, labels in batches])
     assert found["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -232,7 +233,7 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str | Non
 def test_classes_outside_of_the_models(label: int, tmp_path: Path) -> None:
     images, labels = batch_of()
     labels[2] = label
-    loader = DataLoader([(images, labels)], batch_size=None)  # type: ignore[arg-type, list-item]
+    loader = as_loader([(images, labels)])
     message = rf"the batch has classes from -?\d to \d, but num_classes={K} allows 0 to {K - 1}"
     for run in (quiet_trainer(tmp_path, max_steps=1).fit, quiet_trainer(tmp_path).validate):
         with pytest.raises(ValueError, match=message):
@@ -242,7 +243,7 @@ def test_classes_outside_of_the_models(label: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [{"image": torch.zeros(1)}, torch.zeros(2, 3), (torch.zeros(2), torch.zeros(2))])
 def test_batches_that_are_no_pairs(batch: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch has to be a pair of images and whole-numbered classes"):
-        quiet_trainer(tmp_path, max_steps=1).fit(vit(), DataLoader([batch], batch_size=None))
+        quiet_trainer(tmp_path, max_steps=1).fit(vit(), as_loader([batch]))
 
 
 @pytest.fixture

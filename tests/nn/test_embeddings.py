@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from lit_scale.nn import Embedding
 
 def test_learned_positions_are_added():
     embedding, ids = Embedding(10, 8, 6), torch.tensor([[3, 1, 3, 9]])
+    assert embedding.positions is not None
     torch.testing.assert_close(embedding(ids), embedding.tokens.weight[ids] + embedding.positions[:4])
 
 
@@ -29,5 +32,6 @@ def test_a_sequence_longer_than_max_length(positions):
 
 
 def test_unknown_positions():
+    unknown: Any = "sinusoidal"
     with pytest.raises(ValueError, match="positions='sinusoidal': choose 'learned' or 'rotary'"):
-        Embedding(10, 8, 6, positions="sinusoidal")
+        Embedding(10, 8, 6, positions=unknown)

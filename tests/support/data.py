@@ -7,7 +7,7 @@ a folder of text files.
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ def sized_loader(batch_size: int = 4, *, size: int = 48, **options: Any) -> Resu
 def full_loader(batch_size: int = 4) -> ResumableLoader:
     """Images of full size, from a loader that knows nothing of sizes."""
     return ResumableLoader(Images(), batch_size, shuffle=True, drop_last=True)
+
+
+def as_loader(batches: Sequence[Any]) -> DataLoader[Any]:
+    """Batches that are there already."""
+    given: Any = batches
+    return DataLoader(given, batch_size=None)
 
 
 def val_loader(batch_size: int = 4) -> DataLoader[Any]:

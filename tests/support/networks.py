@@ -434,8 +434,8 @@ class AnySizeHF(Foreign):
         from transformers import ViTConfig, ViTForImageClassification
 
         sizes = self.hugging_face_sizes(depth, hidden_dropout_prob=dropout)
-        config = ViTConfig(image_size=FULL_SIDE, patch_size=FULL_PATCH, num_labels=CLASSES, **sizes)
-        return ViTForImageClassification(config)
+        sizes |= {"image_size": FULL_SIDE, "patch_size": FULL_PATCH, "num_labels": CLASSES}
+        return ViTForImageClassification(ViTConfig(**sizes))
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.net(batch["image"]).logits

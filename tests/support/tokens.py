@@ -59,8 +59,9 @@ class Lengths(Callback):
             norm = next(part for part in block.modules() if isinstance(part, nn.LayerNorm))
             self._handles.append(norm.register_forward_pre_hook(functools.partial(note, index)))
             if isinstance(pl_module, BertMLM):
-                places = functools.partial(note_places, index)
-                self._handles.append(block.attention.register_forward_pre_hook(places, with_kwargs=True))
+                places, attention = functools.partial(note_places, index), block.attention
+                assert isinstance(attention, nn.Module)
+                self._handles.append(attention.register_forward_pre_hook(places, with_kwargs=True))
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._now = []
@@ -96,7 +97,8 @@ def train(
     callbacks.insert(options.pop("order", 0), technique)
     callbacks += [lengths, *([CostMeter(repeats=1)] if options.pop("meter", False) else [])]
     callbacks += [] if resume else [save_every_step(root / "whole")]
-    options = {"max_steps": STEPS, "val_check_interval": 1, "val": loader(name, size=4, shuffle=False)} | options
+    usual: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": 1, "val": loader(name, size=4, shuffle=False)}
+    options = usual | options
     module = build(name, seed=1 if resume else 0)
     trainer = fit(module, loader(name, size=20), root, *callbacks, resume=resume, **options)
     assert trainer.global_step == options["max_steps"]
