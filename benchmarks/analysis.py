@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -108,6 +108,21 @@ def price_error(store: Store, one: str, other: str) -> float:
     return 0.0 if one == other else math.hypot(sizes[one]["log_sd"], sizes[other]["log_sd"])
 
 
+def pooled_cost(costs: Sequence[float]) -> tuple[float, float]:
+    """Cost of a technique's run, and the standard deviation of its logarithm.
+
+    All seeds make the same steps, so that their costs differ only by how well each run could time its kinds of step.
+    Their median is the cost of each, with one error that all seeds share.
+
+    >>> cost, error = pooled_cost([100.0, 102.0, 98.0])
+    >>> cost, round(error, 4)
+    (100.0, 0.0144)
+    """
+    logs = [math.log(cost) for cost in costs]
+    error = 1.25 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0  # of a median
+    return statistics.median(costs), error
+
+
 def technique_runs(store: Store, task: Task, size: str, chosen: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The technique's runs that are reported, by seed."""
     return {
@@ -145,29 +160,30 @@ def of_network(task: Task, plain: Store, store: Store, name: str, size: str, bud
     if not runs:
         return result
     own, any_size = same_network(plain, task, size), envelope(plain, task)
-    technique = {s: (cost_of(r, plain, "cost"), r["test"][task.metric]) for s, r in runs.items()}
+    cost, spread = pooled_cost([cost_of(run, plain, "cost") for run in runs.values()])
+    technique = {s: (cost, r["test"][task.metric]) for s, r in runs.items()}
     by_flops = {s: (cost_of(r, plain, "flops"), r["test"][task.metric]) for s, r in runs.items()}
     nothing = Estimate(None, None, None, "the plain runs are not complete")
     at = any_size.sizes if any_size is not None else (size,)
-    error = max(price_error(plain, size, other) for other in at)
+    error = math.hypot(spread, max(price_error(plain, size, other) for other in at))
     flops = {"same_network": same_network(plain, task, size, "flops"), "any_size": envelope(plain, task, "flops")}
     any_row = next(iter(runs.values()))
     return result | {
-        "cost": statistics.mean(cost for cost, _ in technique.values()),
+        "cost": cost,
         "loss": statistics.mean(loss for _, loss in technique.values()),
         "val_loss": mean(runs.values(), task, "val"),
         "metrics": {k: statistics.mean(r["test"][k] for r in runs.values()) for k in any_row["test"]},
         "flops": statistics.mean(r["flops"] for r in runs.values()),
         "saving": {
-            "same_network": (saving(technique, own) if own else nothing).as_dict(),
+            "same_network": (saving(technique, own, price_error=spread) if own else nothing).as_dict(),
             "any_size": (saving(technique, any_size, price_error=error) if any_size else nothing).as_dict(),
         },
         "saving_flops": {
             key: (saving(by_flops, curve) if curve else nothing).as_dict() for key, curve in flops.items()
         },
         "loss_at_equal_cost": {
-            "same_network": (loss_difference(technique, own) if own else nothing).as_dict(),
-            "any_size": (loss_difference(technique, any_size) if any_size else nothing).as_dict(),
+            "same_network": (loss_difference(technique, own, price_error=spread) if own else nothing).as_dict(),
+            "any_size": (loss_difference(technique, any_size, price_error=error) if any_size else nothing).as_dict(),
         },
         "static_control": of_control(task, plain, store, name, technique),
         "tokens_per_parameter": statistics.mean(r["tokens"] / r["parameters"] for r in runs.values()),
@@ -218,7 +234,9 @@ def of_control(
         return {"about": control["about"], **Estimate(None, None, None, "its runs are not complete").as_dict()}
     difference = Estimate(*interval([technique[seed][1] - losses[seed] for seed in seeds]))
     told = {"size": control["size"], "loss": statistics.mean(losses.values()), "cost": statistics.mean(costs)}
-    return {"about": control["about"], **told, **difference.as_dict()}
+    ratio = told["cost"] / statistics.mean(cost for cost, _ in technique.values())
+    about = control["about"] + (f", at {ratio:.2f} times the cost" if abs(ratio - 1) > 0.05 else "")
+    return {"about": about, **told, **difference.as_dict()}
 
 
 def wall_saving(task: Task, plain: Store, store: Store) -> dict[str, Any]:

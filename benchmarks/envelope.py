@@ -75,6 +75,14 @@ class Curve:
         """The loss of a seed at a cost, interpolated; beyond the ends it is that of the end."""
         return float(np.interp(math.log(cost), np.log(self.costs), self.losses[seed]))
 
+    def slope_at(self, cost: float) -> float:
+        """Slope of the mean at a cost, in loss per unit of log cost; 0 for a single point."""
+        if len(self.costs) < 2:
+            return 0.0
+        left = min(max(int(np.searchsorted(self.costs, cost)) - 1, 0), len(self.costs) - 2)
+        mean, logs = self.mean(), np.log(self.costs)
+        return float((mean[left + 1] - mean[left]) / (logs[left + 1] - logs[left]))
+
     def reaches(self, loss: float) -> tuple[float, float] | None:
         """Cost at which the mean loss first falls to ``loss``, and the slope there, in loss per unit of log cost.
 
@@ -113,12 +121,15 @@ def lower_envelope(points: Sequence[tuple[str, float, float]]) -> list[tuple[str
     return found
 
 
-def loss_difference(technique: Mapping[int, tuple[float, float]], plain: Curve) -> Estimate:
+def loss_difference(
+    technique: Mapping[int, tuple[float, float]], plain: Curve, *, price_error: float = 0.0
+) -> Estimate:
     """The technique's loss minus that of plain runs at equal cost, in the units of the loss.
 
     Args:
         technique: (cost, loss) by seed.
         plain: The curve or the envelope, with the same seeds.
+        price_error: Standard deviation of the logarithm of the price between the two, shared by all seeds.
     """
     seeds = sorted(technique.keys() & plain.losses.keys())
     if len(seeds) < 2:
@@ -128,7 +139,8 @@ def loss_difference(technique: Mapping[int, tuple[float, float]], plain: Curve) 
     if min(costs) < low or max(costs) > high:
         ends = f"{plain.costs[0]:,.0f} to {plain.costs[-1]:,.0f}"
         return Estimate(None, None, None, f"its cost, {np.mean(costs):,.0f}, lies beyond the plain runs' {ends}")
-    return Estimate(*interval([technique[seed][1] - plain.at(technique[seed][0], seed) for seed in seeds]))
+    differences = [technique[seed][1] - plain.at(technique[seed][0], seed) for seed in seeds]
+    return Estimate(*interval(differences, price_error * abs(plain.slope_at(float(np.mean(costs))))))
 
 
 def saving(technique: Mapping[int, tuple[float, float]], plain: Curve, *, price_error: float = 0.0) -> Estimate:
@@ -154,6 +166,8 @@ def saving(technique: Mapping[int, tuple[float, float]], plain: Curve, *, price_
     curve = Curve(plain.costs, {seed: plain.losses[seed] for seed in seeds}, plain.sizes)
     losses = {seed: technique[seed][1] for seed in seeds}
     mean = float(np.mean(list(losses.values())))
+    if len(curve.costs) < 2:
+        return Estimate(None, None, None, "plain runs of one length only")
     found = curve.reaches(mean)
     if found is None:
         ends, logs = curve.mean(), [math.log(technique[seed][0]) for seed in seeds]

@@ -109,6 +109,20 @@ def test_a_saving_against_the_same_network_is_that_of_its_curve(plain: Store, tm
     assert curve.costs == (1_000, 2_000, 4_000)
 
 
+def test_the_noise_of_each_runs_own_timing_is_one_error_of_all(plain: Store, tmp_path: Path) -> None:
+    """Seeds make the same steps: a run that timed them badly moves neither the cost nor a single seed's difference."""
+    store = technique(tmp_path, "2x64", 1_500, better=0.02)
+    exact = analyse(TASK, ENTRY, plain, store)
+    for entry, noise in zip(store.runs, (0.9, 0.95, 1.0, 1.05, 1.1), strict=True):
+        entry["own_steps"] *= noise
+    noisy = analyse(TASK, ENTRY, plain, store)
+    assert noisy["cost"] == exact["cost"] == pytest.approx(1_500)
+    for one, other in ((noisy["loss_at_equal_cost"], exact["loss_at_equal_cost"]), (noisy["saving"], exact["saving"])):
+        assert one["same_network"]["estimate"] == pytest.approx(other["same_network"]["estimate"])
+        wide, narrow = (e["same_network"]["high"] - e["same_network"]["low"] for e in (one, other))
+        assert wide > narrow + 0.005
+
+
 def test_wall_time_is_told_of_pairs_alone(plain: Store, tmp_path: Path) -> None:
     store = technique(tmp_path, "2x64", 2_000, better=0.0)
     assert analyse(TASK, ENTRY, plain, store)["wall"]["estimate"] is None

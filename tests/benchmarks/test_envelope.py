@@ -104,6 +104,9 @@ def test_nothing_is_extrapolated() -> None:
     assert beyond.estimate is None
     assert "900" in beyond.reason
     assert saving({1: (200.0, 2.5)}, curve).estimate is None
+    one_length = Curve((100.0,), dict.fromkeys(SEEDS, (3.0,)), ("a",))
+    assert saving(dict.fromkeys(SEEDS, (100.0, 2.9)), one_length).reason == "plain runs of one length only"
+    assert loss_difference(dict.fromkeys(SEEDS, (100.0, 2.9)), one_length).estimate == pytest.approx(-0.1)
 
 
 def test_the_envelope_is_what_nothing_cheaper_beats() -> None:
