@@ -90,7 +90,8 @@ def test_easy_tokens_are_told_in_any_module_that_gives_its_losses(name: str, tmp
     table = dropping.state_dict()["running_loss"]
     assert table.numel() == VOCABULARY
     assert 0 < (table < 10.0).sum() < VOCABULARY + 1
-    assert table[MASK] == 10.0 or 0 in {i for batch in loader("bert") for i in batch["labels"].flatten().tolist()}
+    predicted = {label for batch in loader("bert") for label in batch["labels"].flatten().tolist()}
+    assert {token for token, loss in enumerate(table.tolist()) if loss != 10.0} <= predicted  # others keep their start
 
 
 def test_padding_is_dropped_before_anything_else(tmp_path: Path) -> None:
