@@ -76,9 +76,8 @@ class Curve:
         return float(np.interp(math.log(cost), np.log(self.costs), self.losses[seed]))
 
     def slope_at(self, cost: float) -> float:
-        """Slope of the mean at a cost, in loss per unit of log cost; 0 for a single point."""
-        if len(self.costs) < 2:
-            return 0.0
+        """Slope of the mean at a cost, in loss per unit of log cost; it needs two points."""
+        assert len(self.costs) > 1
         left = min(max(int(np.searchsorted(self.costs, cost)) - 1, 0), len(self.costs) - 2)
         mean, logs = self.mean(), np.log(self.costs)
         return float((mean[left + 1] - mean[left]) / (logs[left + 1] - logs[left]))
@@ -140,7 +139,12 @@ def loss_difference(
         ends = f"{plain.costs[0]:,.0f} to {plain.costs[-1]:,.0f}"
         return Estimate(None, None, None, f"its cost, {np.mean(costs):,.0f}, lies beyond the plain runs' {ends}")
     differences = [technique[seed][1] - plain.at(technique[seed][0], seed) for seed in seeds]
-    return Estimate(*interval(differences, price_error * abs(plain.slope_at(float(np.mean(costs))))))
+    if len(plain.costs) > 1:
+        return Estimate(*interval(differences, price_error * abs(plain.slope_at(float(np.mean(costs))))))
+    if price_error:  # without a slope its effect on the loss is unknown, and an interval without it too narrow
+        reason = "no interval: plain runs of one length only do not tell what the error of prices does to the loss"
+        return Estimate(float(np.mean(differences)), None, None, reason)
+    return Estimate(*interval(differences))
 
 
 def saving(technique: Mapping[int, tuple[float, float]], plain: Curve, *, price_error: float = 0.0) -> Estimate:

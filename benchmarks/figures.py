@@ -235,7 +235,7 @@ def plot_overview(found: Sequence[Measured], path: Path) -> None:
         axes.errorbar(
             own["estimate"],
             place,
-            xerr=[[own["estimate"] - own["low"]], [own["high"] - own["estimate"]]],
+            xerr=None if own["low"] is None else [[own["estimate"] - own["low"]], [own["high"] - own["estimate"]]],
             color=VERDICT_COLORS[verdict(own)],
             marker="o",
             capsize=3,
@@ -248,8 +248,8 @@ def plot_overview(found: Sequence[Measured], path: Path) -> None:
     ]
     axes.set_yticks(range(len(told)), labels)
     axes.set_ylim(max(1, len(told)) - 0.4, -0.6)
-    ends = [abs(own[end]) for _, own in told for end in ("low", "high")]
-    if told and max(ends) > 10 * statistics.median(ends):
+    ends = [abs(own[end]) for _, own in told for end in ("low", "high") if own[end] is not None]
+    if ends and max(ends) > 10 * statistics.median(ends):
         axes.set_xscale("symlog", linthresh=2 * statistics.median(ends))
     label = "test loss above the best plain network's at equal cost (left of 0: better), 95% intervals"
     axes.set_xlabel(label, fontsize=9)

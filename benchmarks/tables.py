@@ -40,6 +40,7 @@ _REASONS = {  # reasons of analysis.py, shortened for tables
     r"better than the longest plain run: at least (\d+%) saved": r"at least \1: better than the longest plain run",
     r"its loss, .*, is worse than the shortest plain run's .*": "worse than the shortest plain run",
     r"its cost, .*, lies beyond the plain runs' .*": "its cost lies beyond the plain runs'",
+    r"no interval: plain runs of one length only.*": "no interval: plain runs of one length only",
     r"no pairs of runs at the same time were made": "not measured in pairs",
     r"it has none on this network": "none for this network",
 }
@@ -169,6 +170,8 @@ def difference(one: Mapping[str, Any]) -> str:
     """A difference of losses with its interval, or the reason why there is none."""
     if one["estimate"] is None:
         return brief(one["reason"])
+    if one["low"] is None or one["high"] is None:
+        return f"{one['estimate']:+.3f} ({brief(one['reason'])})"
     digits = 3 if one["high"] - one["low"] >= 0.004 else 4
     return f"{one['estimate']:+.{digits}f} ({one['low']:+.{digits}f} to {one['high']:+.{digits}f})"
 
@@ -180,7 +183,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict(one: Mapping[str, Any]) -> str:
-    """What the whole interval of a difference of losses shows, in words."""
+    """What the whole interval of a difference of losses shows, in words; without an interval it shows nothing."""
+    if one["low"] is None or one["high"] is None:
+        return "not told apart from"
     if one["high"] < 0:
         return "better than"
     return "worse than" if one["low"] > 0 else "not told apart from"
@@ -201,7 +206,7 @@ def against_control(result: Mapping[str, Any]) -> str:
 def control_does_as_well(result: Mapping[str, Any]) -> str:
     """A note that the static control has the same gain over the same network; empty if it does not."""
     control, gain = result.get("static_control", NO_VALUE), result["loss_at_equal_cost"]["same_network"]
-    if control["estimate"] is None or gain["estimate"] is None or gain["estimate"] >= 0 or control["high"] < 0:
+    if control["estimate"] is None or verdict(gain) != "better than" or control["high"] < 0:
         return ""
     about = control["about"]
     verb = "does" if about.split()[0] in ("a", "an", "the") else "do"
@@ -211,7 +216,7 @@ def control_does_as_well(result: Mapping[str, Any]) -> str:
 def wins(one: Measured) -> bool:
     """Whether it beats the best plain network and its static control, each with the whole interval and all seeds."""
     both = (one.result["loss_at_equal_cost"]["any_size"], one.result.get("static_control", NO_VALUE))
-    return not one.missing_seeds and all(own["estimate"] is not None and own["high"] < 0 for own in both)
+    return not one.missing_seeds and all(verdict(own) == "better than" for own in both)
 
 
 def wall(result: Mapping[str, Any]) -> str:
@@ -235,6 +240,8 @@ def tried(one: Measured) -> str:
     seeds = f"{len(one.result['seeds'])} seeds"
     if one.missing_seeds:
         seeds = f"**incomplete**: {len(one.result['seeds'])} of {len(one.task.seeds)} seeds"
+    elif one.store.data["networks"].keys() - one.result["networks"].keys():
+        seeds = f"**incomplete**: {seeds} of one of its two networks"
     return f"{seeds}; {one.result['settings_tried']} settings, plain {one.result['settings_tried_plain']}"
 
 
@@ -529,10 +536,10 @@ def update_pages(folder: Path) -> list[Path]:
 def loss_interval(result: Mapping[str, Any], losses: Sequence[float]) -> tuple[float, float]:
     """Lengths of the error bar of a technique's loss, down and up.
 
-    The interval is that of the difference to the best plain network; without an estimate, that of the losses.
+    The interval is that of the difference to the best plain network; if it has none, that of the losses.
     """
     own = result["loss_at_equal_cost"]["any_size"]
-    if own["estimate"] is not None:
+    if own["low"] is not None:
         return own["estimate"] - own["low"], own["high"] - own["estimate"]
     mean, low, high = interval(losses) if len(losses) > 1 else (0.0, 0.0, 0.0)
     return mean - low, high - mean

@@ -106,7 +106,19 @@ def test_nothing_is_extrapolated() -> None:
     assert saving({1: (200.0, 2.5)}, curve).estimate is None
     one_length = Curve((100.0,), dict.fromkeys(SEEDS, (3.0,)), ("a",))
     assert saving(dict.fromkeys(SEEDS, (100.0, 2.9)), one_length).reason == "plain runs of one length only"
-    assert loss_difference(dict.fromkeys(SEEDS, (100.0, 2.9)), one_length).estimate == pytest.approx(-0.1)
+    assert loss_difference(dict.fromkeys(SEEDS, (100.0, 2.9)), one_length).low == pytest.approx(-0.1)
+    priced = loss_difference(dict.fromkeys(SEEDS, (100.0, 2.9)), one_length, price_error=0.01)
+    assert priced.estimate == pytest.approx(-0.1)
+    assert (priced.low, priced.high) == (None, None)
+    assert "one length only" in priced.reason
+
+
+def test_the_error_of_prices_widens_the_interval_of_the_loss_by_the_slope() -> None:
+    curve = Curve((100.0, 400.0), dict.fromkeys(SEEDS, (3.0, 2.0)), ("a", "a"))
+    found = loss_difference(dict.fromkeys(SEEDS, (200.0, 2.5)), curve, price_error=0.01)
+    expected = 2.776 * 0.01 / math.log(4.0)  # a nat of loss for a factor of four
+    assert found.high == pytest.approx(expected, rel=1e-3)
+    assert found.low == pytest.approx(-expected, rel=1e-3)
 
 
 def test_the_envelope_is_what_nothing_cheaper_beats() -> None:

@@ -278,3 +278,14 @@ def test_points_count_at_the_rate_that_was_tuned_for_their_length(tmp_path: Path
     text = tables.task_section(TASK, store, [], ROOT / "docs")
     assert re.search(r"\| 1x8 \| 1,000 \| 2,000 \| .* \| 0.001 \| .* \| 5 \|  \|", text)
     assert re.search(r"\| 1x8 \| 1,000 \| 2,000 \| .* \| 0.002 \| .* \| 5 \| yes \|", text)
+
+
+def test_an_estimate_without_an_interval_wins_nothing() -> None:
+    reason = "no interval: plain runs of one length only do not tell what the error of prices does to the loss"
+    gain = {"estimate": -0.1, "low": None, "high": None, "reason": reason}
+    assert tables.verdict(gain) == "not told apart from"
+    assert tables.difference(gain) == "-0.100 (no interval: plain runs of one length only)"
+    control = {"about": "half", "estimate": 0.0, "low": -0.1, "high": 0.1, "reason": ""}
+    row = {"static_control": control, "loss_at_equal_cost": {"same_network": gain, "any_size": gain}}
+    assert tables.control_does_as_well(row) == ""  # there is no gain yet that it could equal
+    assert tables.loss_interval(row, [1.0, 2.0, 3.0]) == pytest.approx((2.484, 2.484), abs=1e-3)
